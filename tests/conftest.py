@@ -1,0 +1,82 @@
+"""Checkpoints for the tests: the golden ones and a second set of other sizes, each exported once per run."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from healthgpt.hub_export import ExportSources, export
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINTS = ["m3", "l14", "xl32", "made_m3", "made_l14", "made_xl32"]
+
+
+def pictures_of(case):
+    names = case["image"] or []
+    return [Image.open(GOLDEN / f"images/{name}.png") for name in ([names] if isinstance(names, str) else names)]
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint in the published files, what it must give, and the exported folder."""
+
+    name: str
+    source: Path
+    folder: Path
+
+    def __post_init__(self):
+        self.content = json.loads((self.source / "cases.json").read_text())
+        self.cases = self.content["cases"]
+        self.expected = load_file(self.source / "expected.safetensors")
+
+
+def sources_of(source: Path) -> ExportSources:
+    """The arguments with which a published folder is exported."""
+    content = json.loads((source / "cases.json").read_text())
+    plugins = content["plugins"]
+    optional = {
+        "generation": source / "gen_hlora_weights.bin",
+        "fusion": source / "fusion_layer_weights.bin",
+        "vqgan": source / "vqgan/last.ckpt",
+        "vqgan_config": source / "vqgan/model.yaml",
+    }
+    optional = {name: path for name, path in optional.items() if path.exists()}
+    num_codes = None
+    if "vqgan" not in optional:  # no file tells how many codes the vocabulary of such a checkpoint has
+        num_codes = content.get("num_codes", plugins["comprehension"].get("n_new_tokens", 0) - 3)
+    return ExportSources(
+        source / "base",
+        source / "vit",
+        source / "com_hlora_weights.bin",
+        comprehension_alpha=plugins["comprehension"]["alpha"],
+        generation_alpha=plugins["generation"]["alpha"] if "generation" in plugins else None,
+        num_codes=num_codes if num_codes and num_codes > 0 else None,
+        **optional,
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Checkpoints by name, made and exported when first asked for."""
+    made = {}
+
+    def get(name: str) -> Checkpoint:
+        if name not in made:
+            source = GOLDEN / name
+            if not source.exists():
+                from make_checkpoint import make
+
+                source = tmp_path_factory.mktemp("made") / name
+                make(source, name)
+            folder = tmp_path_factory.mktemp("exported") / name
+            export(sources_of(source), folder)
+            made[name] = Checkpoint(name, source, folder)
+        return made[name]
+
+    return get

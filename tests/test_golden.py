@@ -1,0 +1,122 @@
+"""
+Every number of every published case, through the public face only: exported folder, `trust_remote_code=True`.
+
+The same tests run on the golden checkpoints and on a second set with other shapes, ranks, alphas, experts and grids.
+"""
+
+import pytest
+import torch
+from conftest import CHECKPOINTS, pictures_of
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from healthgpt.hub_export import rules
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def loaded(request, checkpoints):
+    checkpoint = checkpoints(request.param)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=True)
+    return checkpoint, model, processor
+
+
+def messages_of(case):
+    pictures = [{"type": "image", "image": picture} for picture in pictures_of(case)]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": case["question"]}]}]
+
+
+def inputs_of(processor, case):
+    return processor.apply_chat_template(
+        messages_of(case),
+        task=case["task"],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def test_prompts_and_their_ids(loaded):
+    checkpoint, model, processor = loaded
+    patches = [processor.image_token_id] * processor.num_image_patches
+    assert model.config.image_token_id == processor.image_token_id
+    for case in checkpoint.cases:
+        prompt = processor.apply_chat_template(messages_of(case), task=case["task"], add_generation_prompt=True)
+        assert prompt == case["prompt"]
+        expected = [part for id in case["input_ids"] for part in (patches if id == -200 else [id])]
+        assert inputs_of(processor, case)["input_ids"].tolist() == [expected]
+
+
+def test_pictures_features_and_projections(loaded):
+    checkpoint, model, processor = loaded
+    for case in checkpoint.cases:
+        if case["image"] is None:
+            continue
+        pixel_values = inputs_of(processor, case)["pixel_values"]
+        close(pixel_values, checkpoint.expected[case["name"] + "/pixel_values"], 1e-5)
+        if case["name"] + "/projected" in checkpoint.expected:
+            features = model.get_image_features(pixel_values, task=case["task"])
+            close(features.last_hidden_state, checkpoint.expected[case["name"] + "/vision_features"], 1e-5)
+            close(features.pooler_output, checkpoint.expected[case["name"] + "/projected"], 1e-5)
+
+
+def test_logits(loaded):
+    checkpoint, model, processor = loaded
+    for case in checkpoint.cases:
+        with torch.no_grad():
+            logits = model(**inputs_of(processor, case), task=case["task"]).logits
+        close(logits[0], checkpoint.expected[case["name"] + "/logits"], 1e-4)
+
+
+def test_greedy_ids_and_pictures(loaded):
+    checkpoint, model, processor = loaded
+    for case in checkpoint.cases:
+        inputs = inputs_of(processor, case)
+        sequences = model.generate(**inputs, task=case["task"], max_new_tokens=case["max_new_tokens"])
+        assert sequences[0, inputs["input_ids"].shape[1] :].tolist() == case["generated_ids"]
+        if "decoded_png" in case:
+            pixels = model.decode_image_tokens(sequences)
+            close(pixels, checkpoint.expected[case["name"] + "/decoded"].clamp(-1, 1), 1e-4)
+            [picture] = processor.post_process_multimodal_output(pixels, generation_mode="image")
+            published = Image.open(checkpoint.source / case["decoded_png"])
+            assert picture.size == published.size
+            differences = zip(picture.tobytes(), published.tobytes(), strict=True)
+            assert max(abs(left - right) for left, right in differences) <= 1
+
+
+def test_training_loss_and_gradients(loaded):
+    checkpoint, model, processor = loaded
+    for case in checkpoint.cases:
+        if "loss" not in case:
+            continue
+        inputs = inputs_of(processor, case)
+        prompt_length = inputs["input_ids"].shape[1]
+        input_ids = torch.cat([inputs["input_ids"], torch.tensor([case["generated_ids"]])], dim=1)
+        labels = input_ids.clone()
+        labels[:, :prompt_length] = -100
+        model.zero_grad()
+        outputs = model(input_ids, inputs.get("pixel_values"), labels=labels, task=case["task"])
+        outputs.loss.backward()
+        assert abs(outputs.loss.item() - case["loss"]) < 1e-4
+        parameters = dict(model.named_parameters())
+        for name, norm in case["gradient_norms"].items():
+            parameter = parameters[rules.apply(rules.plugin(case["task"]), name).target]
+            assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-3)
+
+
+def test_vqgan_encoder(loaded):
+    checkpoint, model, _ = loaded
+    if model.model.vqgan is None:
+        assert "generation" not in model.config.tasks
+        return
+    pixels, codes = checkpoint.expected["vqgan/input"], checkpoint.expected["vqgan/codes"]
+    with torch.no_grad():
+        close(model.model.vqgan.code_logits(pixels), checkpoint.expected["vqgan/code_logits"], 1e-4)
+    assert model.encode_image(pixels).tolist() == [codes.tolist()]
+    sequences = codes[None] + model.config.image_code_offset
+    close(model.decode_image_tokens(sequences), checkpoint.expected["vqgan/reconstruction"].clamp(-1, 1), 1e-4)

@@ -134,9 +134,7 @@ class HealthGPTProjector(nn.Sequential):
     """`mlp2x_gelu`: vision features (..., vision hidden) -> token embeddings (..., hidden), with the exact GELU."""
 
     def __init__(self, vision_hidden_size: int, hidden_size: int):
-        super().__init__(
-            nn.Linear(vision_hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
-        )
+        super().__init__(nn.Linear(vision_hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
 
 
 class HealthGPTPreTrainedModel(PreTrainedModel):
@@ -186,7 +184,9 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem, keys in (("lacks", info["missing_keys"]), ("has no use for", info["unexpected_keys"])):
             if keys:
-                raise ValueError(f"The model {problem} {len(keys)} tensors of the checkpoint: {', '.join(sorted(keys))}.")
+                raise ValueError(
+                    f"The model {problem} {len(keys)} tensors of the checkpoint: {', '.join(sorted(keys))}."
+                )
         return (model, info) if output_loading_info else model
 
 
@@ -237,9 +237,13 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         names = [task] if isinstance(task, str) else list(task)
         for name in names:
             if name not in self.config.tasks:
-                raise ValueError(f"This checkpoint has no task {name!r}; it has {', '.join(self.config.tasks) or 'none'}.")
+                raise ValueError(
+                    f"This checkpoint has no task {name!r}; it has {', '.join(self.config.tasks) or 'none'}."
+                )
         if not names or batch_size % len(names):
-            raise ValueError(f"Got {len(names)} tasks for a batch of {batch_size} rows: give one name, or one per row.")
+            raise ValueError(
+                f"Got {len(names)} tasks for a batch of {batch_size} rows: give one name, or one per row."
+            )
         return [name for name in names for _ in range(batch_size // len(names))]
 
     def get_vision_features(self, pixel_values: torch.FloatTensor, vision_layer: int) -> torch.FloatTensor:
@@ -253,7 +257,9 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         Returns:
             `torch.FloatTensor` of shape `(num_images, patches, vision hidden)`.
         """
-        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)  # one level deeper before transformers 5.6
+        tower = getattr(
+            self.vision_tower, "vision_model", self.vision_tower
+        )  # one level deeper before transformers 5.6
         num_blocks = vision_layer % (self.config.vision_config.num_hidden_layers + 1)
         hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values))
         for block in tower.encoder.layers[:num_blocks]:
@@ -276,7 +282,9 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         """
         groups = group_by_task(self.tasks_of_rows(task, len(pixel_values)), pixel_values.device)
         features = run_per_task(
-            groups, lambda name, rows: self.get_vision_features(rows, self.config.tasks[name].vision_layer), pixel_values
+            groups,
+            lambda name, rows: self.get_vision_features(rows, self.config.tasks[name].vision_layer),
+            pixel_values,
         )
         projected = run_per_task(groups, lambda name, rows: self.projectors[name](rows), features)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=projected)
@@ -418,7 +426,10 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.token_heads = nn.ModuleDict(
-            {name: nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False) for name in config.token_tables}
+            {
+                name: nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+                for name in config.token_tables
+            }
         )
         self.post_init()
 
@@ -623,7 +634,9 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         return max_new_tokens
 
     def prepare_inputs_for_generation(self, input_ids, pixel_values=None, is_first_iteration=False, **kwargs):
-        model_inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
         if is_first_iteration or not kwargs.get("use_cache", True):
             model_inputs["pixel_values"] = pixel_values
         return model_inputs
@@ -634,7 +647,9 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         if pixel_values is not None and expand_size > 1:
             image_mask = self.model.get_placeholder_mask(input_ids, pixel_values)
             images_per_row = (image_mask.sum(dim=1) // self.config.num_image_patches).tolist()
-            pixel_values = torch.cat([images.repeat(expand_size, 1, 1, 1) for images in pixel_values.split(images_per_row)])
+            pixel_values = torch.cat(
+                [images.repeat(expand_size, 1, 1, 1) for images in pixel_values.split(images_per_row)]
+            )
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -693,7 +708,9 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
 
     def _require_vqgan(self):
         if self.model.vqgan is None:
-            raise ValueError("This checkpoint has no VQGAN: it was exported without one and cannot handle image codes.")
+            raise ValueError(
+                "This checkpoint has no VQGAN: it was exported without one and cannot handle image codes."
+            )
         return self.model.vqgan
 
 

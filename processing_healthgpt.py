@@ -87,7 +87,9 @@ class HealthGPTProcessor(ProcessorMixin):
         pictures = [load_picture(image, self.image_size) for image in _flatten(images)]
         placeholders = sum(prompt.count(self.image_token) for prompt in prompts)
         if placeholders != len(pictures):
-            raise ValueError(f"The prompts have {placeholders} {self.image_token} but {len(pictures)} pictures were given.")
+            raise ValueError(
+                f"The prompts have {placeholders} {self.image_token} but {len(pictures)} pictures were given."
+            )
 
         space = " " if self.prefix_space else ""
         image_positions = self.image_token * self.num_image_patches + space
@@ -134,11 +136,11 @@ class HealthGPTProcessor(ProcessorMixin):
         conversations = conversation if is_batched else [conversation]
         tasks = [task] * len(conversations) if isinstance(task, str) else list(task)
         if len(tasks) != len(conversations):
-            raise ValueError(f"Got {len(tasks)} tasks for {len(conversations)} conversations: give one, or one for each.")
+            raise ValueError(
+                f"Got {len(tasks)} tasks for {len(conversations)} conversations: give one, or one for each."
+            )
         conversations = [self._prepare(*pair) for pair in zip(conversations, tasks, strict=True)]
-        return super().apply_chat_template(
-            conversations if is_batched else conversations[0], chat_template, **kwargs
-        )
+        return super().apply_chat_template(conversations if is_batched else conversations[0], chat_template, **kwargs)
 
     def _prepare(self, conversation, task):
         """A copy of the conversation with contents as lists, the default prompt if it is needed, and the mode."""
@@ -189,9 +191,13 @@ class HealthGPTProcessor(ProcessorMixin):
             ValueError: if the checkpoint has no VQGAN or a picture cannot be used.
         """
         if self.picture_size is None:
-            raise ValueError("This checkpoint has no VQGAN: it was exported without one and cannot handle image codes.")
+            raise ValueError(
+                "This checkpoint has no VQGAN: it was exported without one and cannot handle image codes."
+            )
         size = (self.picture_size, self.picture_size)
-        pictures = [load_picture(image, self.image_size).resize(size, Image.Resampling.LANCZOS) for image in _flatten(images)]
+        pictures = [
+            load_picture(image, self.image_size).resize(size, Image.Resampling.LANCZOS) for image in _flatten(images)
+        ]
         pixels = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) for picture in pictures]
         return torch.stack(pixels).view(-1, *size, 3).permute(0, 3, 1, 2) / 255 * 2 - 1
 

@@ -10,6 +10,8 @@ Modules carry the names of the published checkpoint, so that its tensors need no
 (discriminator, LPIPS) and the Gumbel sampling are not here: inference takes the most likely code.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -85,7 +87,7 @@ class Level(nn.Module):
     def __init__(self, in_channels, out_channels, num_blocks, attention):
         super().__init__()
         channels = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResidualBlock(*pair) for pair in zip(channels[:-1], channels[1:], strict=True))
+        self.block = nn.ModuleList(ResidualBlock(*pair) for pair in itertools.pairwise(channels))
         self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(num_blocks if attention else 0))
 
     def forward(self, hidden_states):

@@ -87,7 +87,9 @@ class ExportSources:
         if self.generation is not None and self.vqgan is None:
             raise CheckpointError("The generation plugin writes codes that only a VQGAN can draw: give its two files.")
         if self.fusion is not None and self.generation is None:
-            raise CheckpointError("The fusion layer holds the generation task's token tables: give the generation file.")
+            raise CheckpointError(
+                "The fusion layer holds the generation task's token tables: give the generation file."
+            )
         if self.num_codes is not None and self.vqgan is not None:
             raise CheckpointError("The number of codes follows from the VQGAN: give only one of the two.")
         if self.num_codes is not None and self.num_codes < 1:
@@ -273,7 +275,9 @@ def check_targets(plan: Plan) -> None:
     extra = [transfer for name, transfer in found.items() if name not in expected]
     if extra:
         names = list_names([transfer.name for transfer in extra])
-        raise CheckpointError(f"{extra[0].tensor.origin} has {names} that a model of this configuration has no place for.")
+        raise CheckpointError(
+            f"{extra[0].tensor.origin} has {names} that a model of this configuration has no place for."
+        )
     missing = [name for name in expected if name not in found]
     if missing:
         raise CheckpointError(f"The sources lack {list_names(missing)} of the checkpoint.")
@@ -309,10 +313,14 @@ def task_config(name: str, tensors: dict[str, LazyTensor], alpha: float | None) 
     """Settings of a plugin, rank and number of experts from the shapes of its tensors."""
     sizes = {}
     for factor in ("lora_A", "lora_route"):
-        shapes = {tensor.shape[0] for key, tensor in tensors.items() if f".{factor}." in key and len(tensor.shape) == 2}
+        shapes = {
+            tensor.shape[0] for key, tensor in tensors.items() if f".{factor}." in key and len(tensor.shape) == 2
+        }
         origin = next(iter(tensors.values())).origin if tensors else f"The {name} plugin"
         if len(shapes) != 1:
-            raise CheckpointError(f"{origin} is no H-LoRA plugin: its {factor} tensors have {sorted(shapes) or 'no'} rows.")
+            raise CheckpointError(
+                f"{origin} is no H-LoRA plugin: its {factor} tensors have {sorted(shapes) or 'no'} rows."
+            )
         sizes[factor] = shapes.pop()
     rank, num_experts = sizes["lora_A"], sizes["lora_route"]
     alpha = 2 * rank if alpha is None else alpha

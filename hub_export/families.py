@@ -111,7 +111,11 @@ def build_tokenizer(base: Path) -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=config["model_max_length"],
         clean_up_tokenization_spaces=False,
-        **{key: token["content"] if isinstance(token, dict) else token for key, token in special_tokens.items() if token},
+        **{
+            key: token["content"] if isinstance(token, dict) else token
+            for key, token in special_tokens.items()
+            if token
+        },
     )
 
 
@@ -120,7 +124,9 @@ def _sentencepiece(path):
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
-        raise CheckpointError(f"Reading {path} needs the package sentencepiece: pip install healthgpt[export].") from None
+        raise CheckpointError(
+            f"Reading {path} needs the package sentencepiece: pip install healthgpt[export]."
+        ) from None
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.")
     try:

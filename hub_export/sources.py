@@ -97,7 +97,9 @@ def _read_safetensors(path):
 
 def _read_pickle(path):
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is no PyTorch file: it is not the zip archive that torch.save writes, or cut off.")
+        raise CheckpointError(
+            f"{path} is no PyTorch file: it is not the zip archive that torch.save writes, or cut off."
+        )
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         placeholders = [(type("Placeholder", (Placeholder,), {}), name) for name in names]

@@ -26,7 +26,9 @@ MAKES = {
         seed=11,
         vocab=390,
         padding=9,
-        text=dict(hidden_size=48, intermediate_size=72, layers=3, heads=3, groups=1, rope_theta=5000.0, sliding_window=20),
+        text=dict(
+            hidden_size=48, intermediate_size=72, layers=3, heads=3, groups=1, rope_theta=5000.0, sliding_window=20
+        ),
         vision=dict(hidden_size=24, intermediate_size=40, layers=4, heads=3, image_size=42, patch_size=14),
         plugins={"comprehension": (12, 30, 3), "generation": (10, 5, 5)},
         vqgan=dict(n_embed=96, z_channels=24, resolution=24, ch=32, ch_mult=[1, 2], num_res_blocks=2, attn=[12, 24]),
@@ -52,7 +54,11 @@ MAKES = {
     ),
 }
 CASES = {
-    "comprehension": [("retina", "Is there 1 lesion or 22?"), (None, "Name  the organ. "), (["ct", "cell"], "Compare\nthem!")],
+    "comprehension": [
+        ("retina", "Is there 1 lesion or 22?"),
+        (None, "Name  the organ. "),
+        (["ct", "cell"], "Compare\nthem!"),
+    ],
     "generation": [("mr", "Sharpen the picture."), (None, "Draw a normal chest, 35 years old.")],
 }
 TOKENIZERS = {
@@ -87,7 +93,9 @@ def make(folder: Path, name: str) -> None:
         make_vqgan(folder / "vqgan", **make["vqgan"])
         rows, hidden = num_tokens + num_codes + 3, make["text"]["hidden_size"]
         keys = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
-        torch.save({key: (0.5 * torch.randn(rows, hidden)).half() for key in keys}, folder / "fusion_layer_weights.bin")
+        torch.save(
+            {key: (0.5 * torch.randn(rows, hidden)).half() for key in keys}, folder / "fusion_layer_weights.bin"
+        )
     make_expectations(folder, make, num_codes, end)
 
 
@@ -150,7 +158,10 @@ def linears(text, template):
 def make_base(folder, make, num_tokens, end):
     text, template = make["text"], make["template"]
     rows, hidden = num_tokens + make["padding"], text["hidden_size"]
-    tensors = {"model.embed_tokens.weight": torch.randn(rows, hidden), "lm_head.weight": torch.randn(rows, hidden) * 0.5}
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(rows, hidden),
+        "lm_head.weight": torch.randn(rows, hidden) * 0.5,
+    }
     for name, *shape in linears(text, template):
         tensors[name + ".weight"] = random(*shape)
         if template == "qwen_2" and name.split(".")[-1] in ("q_proj", "k_proj", "v_proj"):
@@ -239,7 +250,7 @@ def make_plugin(folder, task, rank, experts, make):
         name = f"base_model.model.{name}"
         tensors[name + ".lora_route.weight"] = random(experts, width, scale=2)
         tensors[name + ".lora_A.weight"] = random(rank, width)
-        tensors[name + ".lora_B.weight"] = random(out, rank, scale=0.3)
+        tensors[name + ".lora_B.weight"] = random(out, rank, scale=0.1)
     hidden = make["text"]["hidden_size"]
     for index, width in ((0, make["vision"]["hidden_size"]), (2, hidden)):
         tensors[f"base_model.model.model.mm_projector.{index}.weight"] = random(hidden, width)
@@ -307,7 +318,11 @@ def make_vqgan(folder, n_embed, z_channels, resolution, ch, ch_mult, num_res_blo
     module = types.ModuleType("pytorch_lightning_callbacks")
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
     sys.modules[module.__name__] = module
-    content = {"epoch": 1, "state_dict": tensors, "callbacks": {module.ModelCheckpoint: {"best": module.ModelCheckpoint()}}}
+    content = {
+        "epoch": 1,
+        "state_dict": tensors,
+        "callbacks": {module.ModelCheckpoint: {"best": module.ModelCheckpoint()}},
+    }
     torch.save(content, folder / "last.ckpt")
     del sys.modules[module.__name__]
     shape = dict(z_channels=z_channels, resolution=resolution, in_channels=3, out_ch=3, ch=ch, ch_mult=ch_mult)
@@ -349,7 +364,9 @@ def make_expectations(folder, make, num_codes, end):
         codes = logits.argmax(1).flatten()
         expected |= {"vqgan/input": pixels, "vqgan/code_logits": logits, "vqgan/codes": codes}
         expected["vqgan/reconstruction"] = published.vqgan.decode(codes)
-    save_file({name: tensor.detach().contiguous() for name, tensor in expected.items()}, folder / "expected.safetensors")
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in expected.items()}, folder / "expected.safetensors"
+    )
     plugins = {task: dict(zip(("r", "alpha", "n"), sizes, strict=True)) for task, sizes in make["plugins"].items()}
     content = {"template": make["template"], "plugins": plugins, "cases": cases, "num_codes": num_codes}
     (folder / "cases.json").write_text(json.dumps(content))

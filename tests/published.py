@@ -6,6 +6,7 @@ checkpoint of that kind has to give. `test_published.py` holds it to the golden 
 write the expectations of other checkpoints.
 """
 
+import itertools
 import json
 import math
 import zipfile
@@ -21,9 +22,7 @@ from sentencepiece import SentencePieceProcessor
 
 IMAGE = -200
 PROMPTS = {
-    "phi3_instruct": (
-        "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\n{}<|end|>\n<|assistant|>\n"
-    ),
+    "phi3_instruct": ("<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\n{}<|end|>\n<|assistant|>\n"),
     "phi4_instruct": (
         "<|im_start|>system<|im_sep|>\nYou are a medieval knight and must provide explanations to modern people.<|im_end|>"
         "\n<|im_start|>user<|im_sep|>\n{}<|im_end|>\n<|im_start|>assistant<|im_sep|>\n"
@@ -108,7 +107,9 @@ class SlowTokenizer:
     def _merge(self, word):
         pieces = [BYTES[byte] for byte in word.encode()]
         while True:
-            pairs = [(self.ranks.get(pair, math.inf), i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False))]
+            pairs = [
+                (self.ranks.get(pair, math.inf), i) for i, pair in enumerate(itertools.pairwise(pieces))
+            ]
             rank, i = min(pairs, default=(math.inf, 0))
             if rank == math.inf:
                 return pieces
@@ -228,7 +229,8 @@ class Published:
         """y = W x + b + B (repeat_interleave(softmax(R x), r / n) * (A x * alpha / r * n))"""
         y = x @ self.base[name + ".weight"].T + self.base.get(name + ".bias", 0)
         route, a, b = (
-            self.plugins[task][f"base_model.model.{name}.{factor}.weight"] for factor in ("lora_route", "lora_A", "lora_B")
+            self.plugins[task][f"base_model.model.{name}.{factor}.weight"]
+            for factor in ("lora_route", "lora_A", "lora_B")
         )
         rank, experts = a.shape[0], route.shape[0]
         weights = (x @ route.T).softmax(-1).repeat_interleave(rank // experts, dim=-1)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -152,12 +152,14 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, HLoRA):
-            nn.init.kaiming_uniform_(module.lora_route.weight, a=math.sqrt(5))
-            nn.init.kaiming_uniform_(module.lora_A.weight, a=math.sqrt(5))
-            nn.init.zeros_(module.lora_B.weight)
+    def initialize_weights(self):
+        """Initialises what no checkpoint filled; plugins by their own rule, not that of the language model around them."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, HLoRA):
+                initialization.kaiming_uniform_(module.lora_route.weight, a=math.sqrt(5))
+                initialization.kaiming_uniform_(module.lora_A.weight, a=math.sqrt(5))
+                initialization.zeros_(module.lora_B.weight)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         """A checkpointed layer runs again during the backward pass: then it needs the tasks it first ran with."""
@@ -633,9 +635,11 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             max_new_tokens = 20 if max_length is None else max(max_length - prompt_length, 1)
         return max_new_tokens
 
-    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, pixel_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if is_first_iteration or not kwargs.get("use_cache", True):
             model_inputs["pixel_values"] = pixel_values

@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from healthgpt.hub_export import ExportSources, export
 
@@ -80,3 +81,32 @@ def checkpoints(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def m3(checkpoints):
+    """The golden M3 checkpoint, its model and its processor, loaded as a user loads them."""
+    checkpoint = checkpoints("m3")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=True)
+    return checkpoint, model, processor
+
+
+def messages_of(case):
+    pictures = [{"type": "image", "image": picture} for picture in pictures_of(case)]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": case["question"]}]}]
+
+
+def inputs_of(processor, case):
+    """Model inputs of one case, or of a list of cases as one batch."""
+    cases = case if isinstance(case, list) else [case]
+    tasks = [case["task"] for case in cases]
+    messages = [messages_of(case) for case in cases]
+    return processor.apply_chat_template(
+        messages if isinstance(case, list) else messages[0],
+        task=tasks if isinstance(case, list) else tasks[0],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )

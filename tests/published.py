@@ -107,9 +107,7 @@ class SlowTokenizer:
     def _merge(self, word):
         pieces = [BYTES[byte] for byte in word.encode()]
         while True:
-            pairs = [
-                (self.ranks.get(pair, math.inf), i) for i, pair in enumerate(itertools.pairwise(pieces))
-            ]
+            pairs = [(self.ranks.get(pair, math.inf), i) for i, pair in enumerate(itertools.pairwise(pieces))]
             rank, i = min(pairs, default=(math.inf, 0))
             if rank == math.inf:
                 return pieces

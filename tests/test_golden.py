@@ -6,7 +6,7 @@ The same tests run on the golden checkpoints and on a second set with other shap
 
 import pytest
 import torch
-from conftest import CHECKPOINTS, pictures_of
+from conftest import CHECKPOINTS, inputs_of, messages_of
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -19,22 +19,6 @@ def loaded(request, checkpoints):
     model = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=True)
     return checkpoint, model, processor
-
-
-def messages_of(case):
-    pictures = [{"type": "image", "image": picture} for picture in pictures_of(case)]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": case["question"]}]}]
-
-
-def inputs_of(processor, case):
-    return processor.apply_chat_template(
-        messages_of(case),
-        task=case["task"],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
 
 
 def close(actual, expected, tolerance):

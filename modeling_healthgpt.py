@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel, initialization
@@ -30,6 +31,8 @@ from .vqgan_decoder import HealthGPTVQGAN
 if TYPE_CHECKING:
     # config.json names this class for "any-to-any"; transformers carries along the files that a file imports from.
     from .pipeline_healthgpt import HealthGPTPipeline  # noqa: F401
+
+TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 # The rows of a batch that run with one task: its name and their indices, or None in place of indices for all rows.
 TaskGroup = tuple[str, torch.LongTensor | None]
@@ -618,6 +621,12 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         def option(name):
             return kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
 
+        if TRANSFORMERS_VERSION < (5, 18) and self.config.image_token_id >= self.config.text_config.vocab_size:
+            if (option("repetition_penalty") or 1) != 1 or option("prompt_lookup_num_tokens"):
+                raise ValueError(
+                    "repetition_penalty and prompt_lookup_num_tokens need transformers 5.18 or newer, since the id that "
+                    "stands for pictures lies past the token tables."
+                )
         if (option("guidance_scale") or 1) != 1:
             raise ValueError("guidance_scale is not supported: its second pass would run without picture and task.")
         if draws.any() and not draws.all() and (option("num_beams") or 1) > 1:

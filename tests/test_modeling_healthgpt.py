@@ -8,7 +8,12 @@ from conftest import inputs_of
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 from healthgpt import TaskConfig
-from healthgpt.modeling_healthgpt import HLoRALinear, route
+from healthgpt.modeling_healthgpt import TRANSFORMERS_VERSION, HLoRALinear, route
+
+
+old_transformers = pytest.mark.skipif(
+    TRANSFORMERS_VERSION < (5, 18), reason="transformers before 5.18 cannot look up ids past the token tables"
+)
 
 
 def continuation(sequences, prompt_length, case):
@@ -125,7 +130,7 @@ def test_two_threads_generate_with_different_tasks(m3):
     [
         {"use_cache": False},
         {"cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 3},
+        pytest.param({"prompt_lookup_num_tokens": 3}, marks=old_transformers),
         {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True, "output_scores": True},
         {"attn_implementation": "eager"},
     ],
@@ -204,15 +209,39 @@ def test_sampling_draws_whole_pictures_whatever_lengths_are_asked_for(m3):
         assert codes.min() >= 0 and codes.max() < model.config.vqgan_config.num_codes
 
 
-def test_streamer_repetition_penalty_and_own_processors_work(m3):
+@old_transformers
+def test_repetition_penalty_lowers_what_was_said(m3):
+    checkpoint, model, processor = m3
+    [case] = cases_of(checkpoint, "comprehension/0")
+    inputs = inputs_of(processor, case)
+    outputs = [
+        model.generate(
+            **inputs, max_new_tokens=1, repetition_penalty=penalty, output_scores=True, return_dict_in_generate=True
+        ).scores[0][0]
+        for penalty in (1.0, 2.0)
+    ]
+    said = inputs["input_ids"][0].unique()
+    said = said[said < model.config.text_config.vocab_size]
+    plain = outputs[0][said]
+    torch.testing.assert_close(outputs[1][said], torch.where(plain < 0, plain * 2, plain / 2))
+
+
+@pytest.mark.skipif(TRANSFORMERS_VERSION >= (5, 18), reason="newer transformers can do it")
+def test_old_transformers_refuse_what_they_cannot_do(m3):
+    checkpoint, model, processor = m3
+    inputs = inputs_of(processor, checkpoint.cases[0])
+    for options in ({"repetition_penalty": 1.5}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises(ValueError, match=r"need transformers 5\.18"):
+            model.generate(**inputs, **options)
+
+
+def test_streamer_and_own_processors_work(m3):
     checkpoint, model, processor = m3
     [case] = cases_of(checkpoint, "comprehension/0")
     inputs = inputs_of(processor, case)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(**inputs, max_new_tokens=24, streamer=streamer)
     assert "".join(streamer) == processor.decode(case["generated_ids"], skip_special_tokens=True)
-
-    assert model.generate(**inputs, max_new_tokens=4, repetition_penalty=1.5).shape[1] > inputs["input_ids"].shape[1]
 
     class Forbid(LogitsProcessor):
         def __call__(self, input_ids, scores):

@@ -621,12 +621,12 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         def option(name):
             return kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
 
-        if TRANSFORMERS_VERSION < (5, 18) and self.config.image_token_id >= self.config.text_config.vocab_size:
-            if (option("repetition_penalty") or 1) != 1 or option("prompt_lookup_num_tokens"):
-                raise ValueError(
-                    "repetition_penalty and prompt_lookup_num_tokens need transformers 5.18 or newer, since the id that "
-                    "stands for pictures lies past the token tables."
-                )
+        looks_up_ids = (option("repetition_penalty") or 1) != 1 or option("prompt_lookup_num_tokens")
+        if looks_up_ids and self.config.image_token_id >= self.lm_head.out_features and TRANSFORMERS_VERSION < (5, 18):
+            raise ValueError(
+                "repetition_penalty and prompt_lookup_num_tokens need transformers 5.18 or newer, since the id that stands "
+                "for pictures lies past the token tables."
+            )
         if (option("guidance_scale") or 1) != 1:
             raise ValueError("guidance_scale is not supported: its second pass would run without picture and task.")
         if draws.any() and not draws.all() and (option("num_beams") or 1) > 1:

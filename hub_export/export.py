@@ -426,17 +426,17 @@ def write_tensors(plan: Plan, folder: Path, progress: Callable) -> None:
     names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    progress = iter(progress([transfer for shard in shards for transfer in shard]))
-    weight_map, total = {}, 0
-    for name, shard in zip(names, shards, strict=True):
-        tensors = {}
-        for _ in shard:
-            transfer = next(progress)
-            tensors[transfer.target] = transfer.load(plan.config.dtype)
-            weight_map[transfer.target] = name
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        total += sum(tensor.nbytes for tensor in tensors.values())
+    placed = [(name, transfer) for name, shard in zip(names, shards, strict=True) for transfer in shard]
+    tensors, total = {}, 0
+    for index, (name, transfer) in enumerate(progress(placed)):
+        tensors[transfer.target] = transfer.load(plan.config.dtype)
+        if index + 1 == len(placed) or placed[index + 1][0] != name:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            (folder / name).chmod(0o644)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            tensors = {}
     if len(shards) > 1:
+        weight_map = {transfer.target: name for name, transfer in placed}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 

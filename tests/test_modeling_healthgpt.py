@@ -10,7 +10,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from healthgpt import TaskConfig
 from healthgpt.modeling_healthgpt import TRANSFORMERS_VERSION, HLoRALinear, route
 
-
 old_transformers = pytest.mark.skipif(
     TRANSFORMERS_VERSION < (5, 18), reason="transformers before 5.18 cannot look up ids past the token tables"
 )

@@ -1,0 +1,289 @@
+"""The command line: thin commands over the functions that a Python user calls."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    name="healthgpt",
+    help="HealthGPT answers questions about medical pictures and draws medical pictures. Research use only.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        envvar="HEALTHGPT_CHECKPOINT",
+        help="Exported folder or Hub repository, whose code is run.",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")]
+
+
+@app.command()
+def ask(
+    arguments: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION")],
+    checkpoint: Checkpoint,
+    task: Annotated[str, typer.Option(help="A task of the checkpoint that answers in words.")] = "comprehension",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 1024,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """
+    Answers a question about pictures, or about nothing but the question.
+
+    Example: healthgpt ask -c HealthGPT-M3 chest.png "Is there a pleural effusion?"
+    """
+    messages = read_messages(arguments)
+    model, processor = load(checkpoint, device, dtype)
+    require_kind(model, task, "text")
+    inputs = prepare(model, processor, messages, task)
+    sequences = model.generate(**inputs, task=task, max_new_tokens=max_new_tokens)
+    answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    typer.echo(answer.strip())
+
+
+@app.command()
+def draw(
+    arguments: Annotated[list[str], typer.Argument(metavar="[IMAGE]... INSTRUCTION")],
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write, for example out.png.")],
+    task: Annotated[str, typer.Option(help="A task of the checkpoint that draws.")] = "generation",
+    seed: Annotated[int | None, typer.Option(help="Sample with this seed instead of drawing greedily.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """
+    Draws one picture from an instruction and, if given, pictures.
+
+    Example: healthgpt draw -c HealthGPT-M3 slice.png "Reconstruct the image." -o out.png
+    """
+    import torch
+    from PIL import Image
+
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{output} has no ending of a picture format that Pillow writes, such as .png.")
+    if not output.parent.is_dir():
+        raise ValueError(f"The folder {output.parent} does not exist.")
+    messages = read_messages(arguments)
+    model, processor = load(checkpoint, device, dtype)
+    require_kind(model, task, "image")
+    inputs = prepare(model, processor, messages, task)
+    if seed is not None:
+        torch.manual_seed(seed)
+    sequences = model.generate(**inputs, task=task, do_sample=seed is not None)
+    [picture] = processor.post_process_multimodal_output(model.decode_image_tokens(sequences), generation_mode="image")
+    picture.save(output)
+    typer.echo(f"{output} ({picture.width} x {picture.height} pixels)")
+
+
+@app.command()
+def export(
+    base: Annotated[Path, typer.Option(help="Folder of the language model.")],
+    vision: Annotated[Path, typer.Option(help="Folder of the CLIP model.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
+    comprehension: Annotated[Path | None, typer.Option(help="com_hlora_weights.bin or its like.")] = None,
+    comprehension_alpha: Annotated[float | None, typer.Option(help="Its alpha; by default twice its rank.")] = None,
+    generation: Annotated[Path | None, typer.Option(help="gen_hlora_weights.bin or its like.")] = None,
+    generation_alpha: Annotated[float | None, typer.Option(help="Its alpha; by default twice its rank.")] = None,
+    fusion: Annotated[Path | None, typer.Option(help="fusion_layer_weights.bin.")] = None,
+    vqgan: Annotated[Path | None, typer.Option(help="last.ckpt of the VQGAN.")] = None,
+    vqgan_config: Annotated[Path | None, typer.Option(help="model.yaml of the VQGAN.")] = None,
+    num_codes: Annotated[
+        int | None, typer.Option(help="Image codes in the vocabulary when no VQGAN tells; 8192 as published.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the base's.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
+    ] = False,
+) -> None:
+    """
+    Merges the published files into one checkpoint that from_pretrained loads.
+
+    Example: healthgpt export --base Phi-3-mini-4k-instruct --vision clip-vit-large-patch14-336
+    --comprehension com_hlora_weights.bin --output HealthGPT-M3
+    """
+    from ..hub_export import ExportSources
+    from ..hub_export import export as run
+    from ..hub_export.export import build_plan
+
+    sources = ExportSources(
+        base=base,
+        vision=vision,
+        comprehension=comprehension,
+        comprehension_alpha=comprehension_alpha,
+        generation=generation,
+        generation_alpha=generation_alpha,
+        fusion=fusion,
+        vqgan=vqgan,
+        vqgan_config=vqgan_config,
+        num_codes=num_codes,
+    )
+    if dry_run:
+        print_plan(build_plan(sources, dtype))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        run(sources, output, dtype, progress=lambda transfers: progress.track(transfers, description="Tensors"))
+    typer.echo(f"{output}")
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[str, typer.Argument(help="Exported folder or Hub repository.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """
+    Says what a checkpoint can do and how large its parts are, without loading its weights.
+
+    Example: healthgpt info HealthGPT-M3
+    """
+    from ..configuration_healthgpt import HealthGPTConfig
+
+    require_checkpoint(checkpoint)
+    config = HealthGPTConfig.from_pretrained(checkpoint)
+    if not config.tasks:
+        raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: its config.json names no tasks.")
+    parts = count_parameters(config)
+    if as_json:
+        content = {"tasks": config.to_dict()["tasks"], "parameters": parts, "dtype": str(config.dtype)}
+        content |= {"language_model": config.text_config.model_type, "token_rows": config.text_config.vocab_size}
+        typer.echo(json.dumps(content, indent=2))
+        return
+    console = Console()
+    tasks = Table("task", "puts out", "rank", "alpha", "experts", "vision layer", "token tables", title="Tasks")
+    for name, task in config.tasks.items():
+        row = (
+            name,
+            task.kind,
+            task.rank,
+            task.alpha,
+            task.num_experts,
+            task.vision_layer,
+            task.token_tables or "base",
+        )
+        tasks.add_row(*map(str, row))
+    console.print(tasks)
+    sizes = Table("part", "parameters", title=f"Parameters ({config.dtype})")
+    for name, count in {**parts, "total": sum(parts.values())}.items():
+        sizes.add_row(name, f"{count:,}")
+    console.print(sizes)
+
+
+def read_messages(arguments: list[str]) -> list[dict]:
+    """One message of pictures and text from the arguments of `ask` and `draw`."""
+    *paths, text = arguments
+    if Path(text).is_file():
+        raise ValueError(
+            f"The last argument is the text, but {text!r} is a file: add a question or instruction after it."
+        )
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"The picture {path!r} does not exist.")
+    pictures = [{"type": "image", "image": path} for path in paths]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+
+
+def load(checkpoint: str, device: str | None, dtype: str | None):
+    """Model and processor of a checkpoint, as a Python user loads them."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"There is no dtype {dtype!r}; choose one of float32, bfloat16, float16.")
+    require_checkpoint(checkpoint)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype or "auto")
+    return model.to(device), processor
+
+
+def require_checkpoint(checkpoint: str) -> None:
+    """Refuses what is neither a folder nor the name of a Hub repository."""
+    if not Path(checkpoint).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        raise ValueError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
+
+
+def require_kind(model, task: str, kind: str) -> None:
+    """Refuses a task that puts out something else than the command is for."""
+    tasks = model.config.tasks
+    if task not in tasks or tasks[task].kind != kind:
+        able = ", ".join(name for name, settings in tasks.items() if settings.kind == kind) or "none"
+        verb = "answers in words" if kind == "text" else "draws"
+        raise ValueError(f"This checkpoint has no task {task!r} that {verb}; those that do: {able}.")
+
+
+def prepare(model, processor, messages: list[dict], task: str):
+    """Model inputs of one conversation on the model's device."""
+    inputs = processor.apply_chat_template(
+        messages, task=task, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return inputs.to(model.device)
+
+
+def count_parameters(config) -> dict[str, int]:
+    """Number of parameters by part of the model."""
+    import torch
+
+    from ..modeling_healthgpt import HealthGPTForConditionalGeneration
+
+    with torch.device("meta"):
+        model = HealthGPTForConditionalGeneration(config)
+    parts = {}
+    for name, tensor in model.named_parameters():
+        parts[part_of(name)] = parts.get(part_of(name), 0) + tensor.numel()
+    return parts
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, in words."""
+    if ".plugins." in name:
+        return f"plugin of {name.split('.plugins.')[1].split('.')[0]}"
+    for prefix, part in (
+        ("model.vision_tower.", "vision tower"),
+        ("model.vqgan.", "VQGAN"),
+        ("model.token_embeddings.", "token tables"),
+        ("token_heads.", "token tables"),
+    ):
+        if name.startswith(prefix):
+            return part
+    return f"projector of {name.split('.')[2]}" if name.startswith("model.projectors.") else "language model"
+
+
+def print_plan(plan) -> None:
+    """Every source tensor with its target or the reason why it is dropped, then the sizes."""
+    for transfer in plan.transfers:
+        typer.echo(f"{transfer.tensor.origin.name}: {transfer.name} -> {transfer.target} {list(transfer.shape)}")
+    for name, tensor, reason in plan.dropped:
+        typer.echo(f"{tensor.origin.name}: {name} dropped: {reason}")
+    parts = count_parameters(plan.config)
+    for name, count in parts.items():
+        typer.echo(f"{name}: {count:,} parameters")
+    total = sum(parts.values()) * plan.config.dtype.itemsize
+    tasks = ", ".join(f"{name} ({task.kind})" for name, task in plan.config.tasks.items())
+    typer.echo(f"total: {total / 1e9:.3f} GB as {plan.config.dtype}; tasks: {tasks}")
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on are one sentence, not a traceback."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(1)

@@ -2,11 +2,16 @@
 # Licensed under the Apache License, Version 2.0 (see the file LICENSE).
 """Processor of HealthGPT: pictures and chat to tensors, tensors to text or pictures."""
 
+import base64
+import os
+from io import BytesIO
+from pathlib import Path
+from urllib.request import urlopen
+
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessingKwargs
 
 from .configuration_healthgpt import task_from_mode
@@ -254,6 +259,8 @@ def load_picture(image, image_size: int) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _rescale_grey(image.convert("I"))
     try:
+        if image.mode in ("La", "RGBa"):  # colours multiplied by alpha, from which Pillow finds no way to RGB
+            image = image.convert(image.mode.upper())
         return image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"The picture cannot be read as RGB: {error}.") from error
@@ -262,10 +269,20 @@ def load_picture(image, image_size: int) -> Image.Image:
 def _open_picture(image):
     """A PIL picture of an array, tensor, path, URL or base64 string."""
     try:
-        return load_image(image) if isinstance(image, str) else to_pil_image(image)
-    except (OSError, ValueError, TypeError, SyntaxError, UnidentifiedImageError) as error:
-        name = repr(image[:200]) if isinstance(image, str) else f"An object of type {type(image).__name__}"
-        raise ValueError(f"{name} is not a picture that can be read: {error}") from error
+        if not isinstance(image, (str, Path)):
+            return to_pil_image(image)
+        # Not transformers' load_image, which clips 16-bit pictures to 8 bits.
+        if str(image).startswith(("http://", "https://", "data:")):
+            with urlopen(str(image), timeout=60) as response:
+                image = BytesIO(response.read())
+        elif not os.path.isfile(image):
+            image = BytesIO(base64.b64decode(str(image), validate=True))
+        return Image.open(image)
+    except (OSError, ValueError, TypeError) as error:
+        name = (
+            repr(str(image)[:200]) if isinstance(image, (str, Path)) else f"An object of type {type(image).__name__}"
+        )
+        raise ValueError(f"{name} is not a picture that can be read: {error}.") from error
 
 
 def _rescale_grey(image):

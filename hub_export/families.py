@@ -90,7 +90,7 @@ def build_tokenizer(base: Path) -> PreTrainedTokenizerFast:
     config = read_json(base / "tokenizer_config.json")
     tokenizer_class = config["tokenizer_class"].removesuffix("Fast")
     if tokenizer_class == "LlamaTokenizer":
-        tokenizer = _sentencepiece(base / "tokenizer.model")
+        tokenizer = _sentencepiece(base / "tokenizer.model", config.get("unk_token"))
     else:
         tokenizer = _byte_level(base, tokenizer_class)
     for token_id, token in sorted((int(key), token) for key, token in config["added_tokens_decoder"].items()):
@@ -119,7 +119,7 @@ def build_tokenizer(base: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _sentencepiece(path):
+def _sentencepiece(path, unk_token):
     """A byte-pair tokenizer with SentencePiece's pieces; of two merges the one with the better score goes first."""
     try:
         from sentencepiece import SentencePieceProcessor
@@ -141,8 +141,7 @@ def _sentencepiece(path):
             if left in pieces and right in pieces:
                 ranked.append((-model.get_score(index), pieces[left], pieces[right], left, right))
     merges = [(left, right) for *_, left, right in sorted(ranked)]
-    unknown = model.id_to_piece(model.unk_id())
-    tokenizer = Tokenizer(BPE(pieces, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(BPE(pieces, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

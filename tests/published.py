@@ -91,9 +91,8 @@ class SlowTokenizer:
         if not text:
             return []
         if self.kind == "LlamaTokenizer":
-            unknown = self.pieces.id_to_piece(self.pieces.unk_id())
-            skip = len(self._encode_pieces(unknown))
-            return self._encode_pieces(unknown + text)[skip:] if text[0] in "▁ " else self._encode_pieces(text)
+            skip = len(self._encode_pieces("<unk>"))
+            return self._encode_pieces("<unk>" + text)[skip:] if text[0] in "▁ " else self._encode_pieces(text)
         pattern = QWEN2_PATTERN if self.kind == "Qwen2Tokenizer" else GPT2_PATTERN
         return [self.vocab[piece] for word in regex.findall(pattern, text) for piece in self._merge(word)]
 

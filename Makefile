@@ -1,0 +1,49 @@
+# `make demo` and `make test` set up all they need: a virtual environment, the pinned requirements, then the job.
+VENV ?= .venv
+PYTHON ?= python3
+RUN = $(VENV)/bin
+LOWEST_TRANSFORMERS = 5.0.0
+GOLDEN = tests/golden
+
+.PHONY: demo test test-newest test-lowest lint clean
+
+demo: $(VENV)/installed
+	@rm -rf demo && mkdir demo
+	@echo "Merging the published files of a tiny M3 with random weights into one checkpoint ..."
+	@$(RUN)/healthgpt export --base $(GOLDEN)/m3/base --vision $(GOLDEN)/m3/vit \
+		--comprehension $(GOLDEN)/m3/com_hlora_weights.bin --generation $(GOLDEN)/m3/gen_hlora_weights.bin \
+		--fusion $(GOLDEN)/m3/fusion_layer_weights.bin --vqgan $(GOLDEN)/m3/vqgan/last.ckpt \
+		--vqgan-config $(GOLDEN)/m3/vqgan/model.yaml --output demo/HealthGPT-tiny
+	@$(RUN)/healthgpt info demo/HealthGPT-tiny
+	@echo "Asking about $(GOLDEN)/images/retina.png: What imaging modality was used to acquire this picture?"
+	@printf "Answer (random weights know nothing): "
+	@$(RUN)/healthgpt ask -c demo/HealthGPT-tiny $(GOLDEN)/images/retina.png \
+		"What imaging modality was used to acquire this picture?"
+	@printf "Picture drawn from $(GOLDEN)/images/ct.png: "
+	@$(RUN)/healthgpt draw -c demo/HealthGPT-tiny $(GOLDEN)/images/ct.png "Reconstruct the image." -o demo/picture.png
+
+test: lint test-newest test-lowest
+
+lint: $(VENV)/installed
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+test-newest: $(VENV)/installed
+	$(RUN)/python -m pytest tests
+
+# The golden tests once more, on the lowest transformers that works; only transformers and what it needs are older.
+test-lowest: $(VENV)/lowest/installed
+	PYTHONPATH=$(VENV)/lowest $(RUN)/python -m pytest tests/test_golden.py
+
+$(VENV)/installed: requirements-dev.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --requirement requirements-dev.txt
+	$(RUN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/lowest/installed: $(VENV)/installed
+	$(RUN)/pip install --quiet --upgrade --target $(VENV)/lowest transformers==$(LOWEST_TRANSFORMERS) pillow typer
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,132 @@
+"""An exported folder as a stranger uses it: another process, another place, saved again, through the pipelines."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import inputs_of, messages_of
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+
+def run_elsewhere(script, folder, tmp_path):
+    """Runs a script in a new process that sees neither this repository nor an installed healthgpt package."""
+    blocker = tmp_path / "sitecustomize.py"
+    blocker.write_text("import sys\nsys.modules['healthgpt'] = None\n")
+    environment = {"PYTHONPATH": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment |= {key: value for key, value in __import__("os").environ.items() if key == "PATH"}
+    command = [sys.executable, "-c", textwrap.dedent(script), str(folder)]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_every_auto_class_loads_the_folder_in_a_fresh_process(checkpoints, tmp_path):
+    folder = tmp_path / "elsewhere" / "checkpoint"
+    shutil.copytree(checkpoints("m3").folder, folder)
+    script = """
+        import importlib.util, sys
+        import transformers
+        assert sys.modules["healthgpt"] is None
+        assert importlib.util.find_spec("torchvision") is None
+        folder = sys.argv[1]
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        print(type(config).__name__, type(processor).__name__)
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "text": "Describe the abnormality in the left lung."}]}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        )
+        for name in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+            model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+            sequences = model.generate(**inputs, max_new_tokens=24)
+            print(type(model).__name__, sequences[0, inputs["input_ids"].shape[1]:].tolist())
+    """
+    result = run_elsewhere(script, folder, tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.strip().split("\n")
+    assert lines[0] == "HealthGPTConfig HealthGPTProcessor"
+    assert lines[1:] == ["HealthGPTForConditionalGeneration [135, 446, 307, 461]"] * 3
+
+
+def test_saved_again_it_loads_again_bit_for_bit(m3, tmp_path):
+    checkpoint, model, processor = m3
+    folder = tmp_path / "again"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    before, after = load_file(checkpoint.folder / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    files = {path.name for path in checkpoint.folder.iterdir()}
+    assert files <= {path.name for path in folder.iterdir()}
+    configs = [json.loads((path / "config.json").read_text()) for path in (checkpoint.folder, folder)]
+    assert configs[0]["auto_map"] == configs[1]["auto_map"]
+    assert configs[0]["tasks"] == configs[1]["tasks"]
+
+    again = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    for case in checkpoint.cases:
+        inputs = inputs_of(processor, case)
+        sequences = again.generate(**inputs, task=case["task"], max_new_tokens=case["max_new_tokens"])
+        assert sequences[0, inputs["input_ids"].shape[1] :].tolist() == case["generated_ids"]
+
+
+def test_shards_and_another_dtype_round_trip(checkpoints, tmp_path):
+    folder = checkpoints("xl32").folder
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
+    model.save_pretrained(tmp_path / "small", max_shard_size="100KB")
+    assert (tmp_path / "small/model.safetensors.index.json").exists()
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    assert again.dtype == torch.bfloat16
+    for (name, left), right in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(left, right), name
+
+
+def test_a_checkpoint_that_lacks_or_has_too_many_tensors_is_refused(checkpoints, tmp_path):
+    from safetensors.torch import save_file
+
+    source = checkpoints("l14").folder
+    for change, message in (("lack", "lacks 1 tensors"), ("extra", "has no use for 1 tensors")):
+        folder = tmp_path / change
+        shutil.copytree(source, folder)
+        tensors = load_file(folder / "model.safetensors")
+        if change == "lack":
+            del tensors["model.projectors.comprehension.0.bias"]
+        else:
+            tensors["model.projectors.comprehension.4.bias"] = torch.zeros(3)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{message} of the checkpoint: model\.projectors\.comprehension\."):
+            AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_image_text_to_text_pipeline_answers(m3):
+    checkpoint, _, processor = m3
+    pipe = pipeline("image-text-to-text", model=str(checkpoint.folder), trust_remote_code=True)
+    cases = [case for case in checkpoint.cases if case["task"] == "comprehension"]
+    for case in cases:
+        [output] = pipe(text=messages_of(case), max_new_tokens=24, return_full_text=False)
+        assert output["generated_text"] == processor.decode(case["generated_ids"], skip_special_tokens=True)
+    cases = cases[:2]
+    outputs = pipe(text=[messages_of(case) for case in cases], max_new_tokens=24, return_full_text=False, batch_size=2)
+    for [output], case in zip(outputs, cases, strict=True):
+        assert output["generated_text"] == processor.decode(case["generated_ids"], skip_special_tokens=True)
+
+
+def test_any_to_any_pipeline_draws_and_answers_without_torchvision(m3):
+    checkpoint, _, processor = m3
+    pipe = pipeline("any-to-any", model=str(checkpoint.folder), trust_remote_code=True)
+    for case in checkpoint.cases:
+        if case["task"] == "generation":
+            for options in ({}, {"processor_kwargs": {"task": "generation"}}):
+                [output] = pipe(text=messages_of(case), generation_mode="image", **options)
+                picture = output["generated_image"]
+                published = Image.open(checkpoint.source / case["decoded_png"])
+                differences = zip(picture.tobytes(), published.tobytes(), strict=True)
+                assert max(abs(left - right) for left, right in differences) <= 1
+        else:
+            [output] = pipe(text=messages_of(case), max_new_tokens=24, return_full_text=False)
+            assert output["generated_text"] == processor.decode(case["generated_ids"], skip_special_tokens=True)

@@ -1,6 +1,7 @@
 """The command line: thin commands over the functions that a Python user calls."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -117,7 +118,7 @@ def export(
     """
     from ..hub_export import ExportSources
     from ..hub_export import export as run
-    from ..hub_export.export import build_plan
+    from ..hub_export.merge import build_plan
 
     sources = ExportSources(
         base=base,
@@ -150,9 +151,9 @@ def info(
 
     Example: healthgpt info HealthGPT-M3
     """
+    require_checkpoint(checkpoint)
     from ..configuration_healthgpt import HealthGPTConfig
 
-    require_checkpoint(checkpoint)
     config = HealthGPTConfig.from_pretrained(checkpoint)
     if not config.tasks:
         raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: its config.json names no tasks.")
@@ -185,12 +186,12 @@ def info(
 def read_messages(arguments: list[str]) -> list[dict]:
     """One message of pictures and text from the arguments of `ask` and `draw`."""
     *paths, text = arguments
-    if Path(text).is_file():
+    if os.path.isfile(text):
         raise ValueError(
             f"The last argument is the text, but {text!r} is a file: add a question or instruction after it."
         )
     for path in paths:
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ValueError(f"The picture {path!r} does not exist.")
     pictures = [{"type": "image", "image": path} for path in paths]
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
@@ -198,12 +199,14 @@ def read_messages(arguments: list[str]) -> list[dict]:
 
 def load(checkpoint: str, device: str | None, dtype: str | None):
     """Model and processor of a checkpoint, as a Python user loads them."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+    require_checkpoint(checkpoint)
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"There is no dtype {dtype!r}; choose one of float32, bfloat16, float16.")
-    require_checkpoint(checkpoint)
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype or "auto")
@@ -278,10 +281,7 @@ def print_plan(plan) -> None:
 
 def main() -> None:
     """Entry point: errors that a user can act on are one sentence, not a traceback."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except (ValueError, OSError) as error:

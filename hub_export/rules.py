@@ -2,7 +2,7 @@
 Where every tensor of every published file goes.
 
 A rule is a pattern of source names and the name it becomes, or None and the reason why it is dropped. A source name that
-no rule covers is an error, and so is a tensor of the model that no source fills: see `export.build_plan`.
+no rule covers is an error, and so is a tensor of the model that no source fills: see `merge.build_plan`.
 """
 
 import re

@@ -1,0 +1,117 @@
+"""The commands as a user types them."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import GOLDEN
+from PIL import Image
+from transformers import AutoProcessor
+
+from healthgpt.app.cli import main
+
+
+def healthgpt(*arguments):
+    script = "from healthgpt.app.cli import main; main()"
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoints):
+    return checkpoints("m3").folder
+
+
+def test_export_info_ask_and_draw(tmp_path, checkpoints):
+    m3, folder = GOLDEN / "m3", tmp_path / "checkpoint"
+    arguments = [
+        "export",
+        "--base",
+        m3 / "base",
+        "--vision",
+        m3 / "vit",
+        "--comprehension",
+        m3 / "com_hlora_weights.bin",
+    ]
+    arguments += ["--generation", m3 / "gen_hlora_weights.bin", "--fusion", m3 / "fusion_layer_weights.bin"]
+    arguments += ["--vqgan", m3 / "vqgan/last.ckpt", "--vqgan-config", m3 / "vqgan/model.yaml", "--output", folder]
+    dry = healthgpt(*arguments, "--dry-run")
+    assert dry.returncode == 0 and not folder.exists()
+    assert "lm_head.weight -> lm_head.weight [538, 64]" in dry.stdout
+    assert "logit_scale dropped: CLIP's contrastive head is not used" in dry.stdout
+    assert "tasks: comprehension (text), generation (image)" in dry.stdout
+    result = healthgpt(*arguments)
+    assert result.returncode == 0, result.stderr
+    again = healthgpt(*arguments)
+    assert again.returncode == 1 and "is not an empty folder" in again.stderr and "Traceback" not in again.stderr
+
+    result = healthgpt("info", folder, "--json")
+    content = json.loads(result.stdout)
+    assert content["tasks"]["generation"] == {
+        "kind": "image",
+        "rank": 32,
+        "alpha": 64,
+        "num_experts": 4,
+        "vision_layer": 1,
+        "token_tables": "generation",
+        "default_prompt": "Reconstruct the image.",
+    }
+    assert content["parameters"]["plugin of generation"] == 53504 and content["token_rows"] == 538
+    assert "comprehension" in healthgpt("info", folder).stdout
+
+    checkpoint = checkpoints("m3")
+    case = checkpoint.cases[3]
+    pictures = [GOLDEN / f"images/{name}.png" for name in case["image"]]
+    result = healthgpt("ask", "-c", folder, *pictures, case["question"])
+    assert result.returncode == 0, result.stderr
+    processor = AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=True)
+    assert result.stdout.rstrip("\n") == processor.decode(case["generated_ids"], skip_special_tokens=True).strip()
+
+    for index in (0, 2):
+        case = checkpoint.cases[4 + index]
+        picture = [GOLDEN / f"images/{case['image']}.png"] if case["image"] else []
+        result = healthgpt("draw", "-c", folder, *picture, case["question"], "-o", tmp_path / "out.png")
+        assert result.returncode == 0, result.stderr
+        drawn, published = Image.open(tmp_path / "out.png"), Image.open(GOLDEN / "m3" / case["decoded_png"])
+        assert max(abs(a - b) for a, b in zip(drawn.tobytes(), published.tobytes(), strict=True)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "-c", "FOLDER", "nowhere.png", "What?"], "The picture 'nowhere.png' does not exist"),
+        (["ask", "-c", "FOLDER", GOLDEN / "images/ct.png"], "is a file: add a question"),
+        (["ask", "-c", "FOLDER", ""], "has no text"),
+        (["ask", "-c", "FOLDER", GOLDEN / "m3/cases.json", "What?"], "is not a picture that can be read"),
+        (["ask", "-c", "FOLDER", "--task", "generation", "What?"], "no task 'generation' that answers in words"),
+        (["ask", "-c", "nowhere", "What?"], "nowhere is neither a folder nor a Hub repository"),
+        (["ask", "-c", "FOLDER", "--dtype", "int3", "What?"], "There is no dtype 'int3'"),
+        (["ask", "-c", "FOLDER", "word " * 5000], "the model's window is 4096 tokens"),
+        (["draw", "-c", "FOLDER", "Draw.", "-o", "picture.xyz"], "no ending of a picture format"),
+        (["draw", "-c", "FOLDER", "Draw.", "-o", "nowhere/picture.png"], "The folder nowhere does not exist"),
+        (["draw", "-c", "L14", "Draw.", "-o", "picture.png"], "no task 'generation' that draws; those that do: none"),
+        (["info", GOLDEN], "is neither|is no HealthGPT|config.json"),
+    ],
+)
+def test_mistakes_are_answered_in_one_sentence(arguments, message, folder, checkpoints, tmp_path, monkeypatch, capsys):
+    names = {"FOLDER": folder, "L14": checkpoints("l14").folder}
+    arguments = [names.get(argument, argument) if isinstance(argument, str) else argument for argument in arguments]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["healthgpt", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    [error] = [line for line in capsys.readouterr().err.split("\n") if line.startswith("Error: ")]
+    assert re.search(message, error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_leaves_no_traceback_and_help_needs_no_torch(tmp_path):
+    result = healthgpt("ask", "-c", "nowhere", "What?")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "Error: nowhere is neither a folder nor a Hub repository, which is written user/name.\n"
+    script = "import sys; from healthgpt.app import cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "False False\n"

@@ -1,0 +1,294 @@
+"""The exporter: what it writes, and that it writes nothing when a source cannot be used."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import GOLDEN, sources_of
+from safetensors.torch import load_file, save_file
+
+from healthgpt.hub_export import CheckpointError, ExportSources, export
+from healthgpt.hub_export.merge import build_plan
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A copy of the golden M3 files that a test may spoil, and where to export them."""
+    shutil.copytree(GOLDEN / "m3", tmp_path / "m3")
+    return sources_of(tmp_path / "m3"), tmp_path / "out"
+
+
+def refused(sources, output, message, **options):
+    """Exports, expects one clear sentence, and that nothing was written beside the sources."""
+    before = {path for path in output.parent.rglob("*") if "m3" not in path.parts}
+    with pytest.raises(CheckpointError, match=message) as error:
+        export(sources, output, **options)
+    assert "\n" not in str(error.value)
+    assert {path for path in output.parent.rglob("*") if "m3" not in path.parts} == before
+
+
+def change_bin(path, change):
+    tensors = torch.load(path, weights_only=True)
+    change(tensors)
+    torch.save(tensors, path)
+
+
+LAYER = "base_model.model.model.layers.1.mlp.down_proj"
+
+
+def test_every_tensor_is_used_or_dropped_for_a_reason(files):
+    sources, output = files
+    plan = export(sources, output)
+    written = load_file(output / "model.safetensors")
+    assert written.keys() == {transfer.target for transfer in plan.transfers}
+    sizes = [len(load_file(folder / "model.safetensors")) for folder in (sources.base, sources.vision)]
+    sizes += [
+        len(torch.load(path, weights_only=True))
+        for path in (sources.comprehension, sources.generation, sources.fusion)
+    ]
+    with torch.serialization.safe_globals([(object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
+        sizes.append(len(torch.load(sources.vqgan, weights_only=True)["state_dict"]))
+    assert len(plan.transfers) + len(plan.dropped) == sum(sizes)
+    assert all(reason for _, _, reason in plan.dropped)
+    fusion = torch.load(sources.fusion, weights_only=True)["base_model.model.lm_head.weight"]
+    assert torch.equal(written["token_heads.generation.weight"], fusion.float())
+    base = load_file(sources.base / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(written["lm_head.weight"][:471], base[:471])
+    assert torch.allclose(written["lm_head.weight"][471:], base[:471].mean(0))
+
+
+def test_shards_are_split_by_size(files, monkeypatch):
+    sources, output = files
+    monkeypatch.setattr("healthgpt.hub_export.merge.MAX_SHARD_BYTES", 10**6)
+    export(sources, output)
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    shards = sorted(output.glob("model-*.safetensors"))
+    assert len(shards) == len(set(index["weight_map"].values())) > 2
+    assert all(path.stat().st_size < 1.2 * 10**6 for path in shards)
+    assert sum(len(load_file(path)) for path in shards) == len(index["weight_map"])
+
+
+def test_dtype_is_the_bases_unless_told(files):
+    sources, output = files
+    assert export(sources, output / "same").config.dtype == torch.float32
+    export(sources, output / "small", dtype="bfloat16")
+    tensors = load_file(output / "small/model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert json.loads((output / "small/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_empty_output_folder_is_used_and_a_full_one_refused(files):
+    sources, output = files
+    output.mkdir()
+    export(sources, output)
+    before = sorted(output.iterdir())
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        export(sources, output)
+    assert sorted(output.iterdir()) == before
+
+
+def test_an_interrupted_export_leaves_nothing(files):
+    sources, output = files
+
+    def interrupt(transfers):
+        yield from transfers[:100]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(sources, output, progress=interrupt)
+    assert [path.name for path in output.parent.iterdir()] == ["m3"]
+
+
+def test_alpha_defaults_to_twice_the_rank_and_can_be_given(files):
+    sources, _ = files
+    plan = build_plan(replace(sources, comprehension_alpha=None, generation_alpha=7.5))
+    assert plan.config.tasks["comprehension"].alpha == 32 and plan.config.tasks["generation"].alpha == 7.5
+
+
+def test_vocabulary_without_a_vqgan_is_the_published_one(tmp_path):
+    sources = replace(sources_of(GOLDEN / "l14"), num_codes=None)
+    plan = build_plan(sources)
+    assert plan.config.text_config.vocab_size == 411 + 8195
+    assert build_plan(replace(sources_of(GOLDEN / "xl32"))).config.text_config.vocab_size == 422
+
+
+def test_sources_that_cannot_go_together():
+    m3 = sources_of(GOLDEN / "m3")
+    for change, message in (
+        (dict(comprehension=None, generation=None, fusion=None, vqgan=None, vqgan_config=None), "no plugin to export"),
+        (dict(vqgan_config=None), "A VQGAN is two files"),
+        (dict(vqgan=None, vqgan_config=None), "only a VQGAN can draw"),
+        (dict(generation=None), "fusion layer holds the generation task's"),
+        (dict(num_codes=64), "follows from the VQGAN"),
+        (dict(num_codes=0, vqgan=None, vqgan_config=None, generation=None, fusion=None), "must be positive"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            replace(m3, **change)
+
+
+@pytest.mark.parametrize("alpha", [0, -3.0, float("nan"), float("inf")])
+def test_alphas_that_mean_nothing(files, alpha):
+    sources, output = files
+    refused(
+        replace(sources, comprehension_alpha=alpha), output, "alpha of the comprehension plugin must be a positive"
+    )
+
+
+def test_plugin_of_another_base(files):
+    sources, output = files
+    for other in ("l14", "xl32"):
+        change = replace(sources, comprehension=GOLDEN / other / "com_hlora_weights.bin")
+        refused(change, output, "lack|do not belong together|has no place for")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop(LAYER + ".lora_B.weight"),
+            rf"lack 1 tensor \(model\.language_model\.{LAYER[23:].replace('.', '.')}",
+        ),
+        (lambda t: [t.pop(k) for k in list(t) if ".layers.1." in k], "lack 12 tensors"),
+        (lambda t: t.update({LAYER + ".lora_C.weight": torch.zeros(2, 2)}), "1 tensor .* that no rule covers"),
+        (lambda t: t.update({k.replace("s.1.", "s.2."): v for k, v in list(t.items())}), "has no place for"),
+        (
+            lambda t: t.update({LAYER + ".lora_A.weight": torch.zeros(16, 95)}),
+            r"has the shape \[16, 95\], but .* \[16, 96\]",
+        ),
+        (
+            lambda t: t.update({LAYER + ".lora_A.weight": torch.zeros(15, 96)}),
+            r"no H-LoRA plugin: its lora_A .* \[15, 16\] rows",
+        ),
+        (
+            lambda t: t[LAYER + ".lora_A.weight"].view(-1).__setitem__(7, torch.nan),
+            "has values that are NaN or infinite",
+        ),
+        (
+            lambda t: t[LAYER + ".lora_B.weight"].view(-1).__setitem__(7, torch.inf),
+            "has values that are NaN or infinite",
+        ),
+        (
+            lambda t: t.update({LAYER + ".lora_A.weight": torch.zeros(16, 96).int()}),
+            "instead of floating point numbers",
+        ),
+        (lambda t: t.update({LAYER + ".lora_A.weight": "text"}), "something else than tensors"),
+        (lambda t: t.clear(), "is no H-LoRA plugin"),
+    ],
+)
+def test_spoilt_plugins(files, change, message):
+    sources, output = files
+    change_bin(sources.comprehension, change)
+    refused(sources, output, message)
+
+
+def test_values_too_large_for_the_dtype(files):
+    sources, output = files
+    path = sources.base / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = 1e30
+    save_file(tensors, path)
+    refused(sources, output, r"model\.norm\.weight in .* too large for torch\.float16", dtype="float16")
+    refused(sources, output, "There is no dtype 'int8'", dtype="int8")
+
+
+@pytest.mark.parametrize("name", ["comprehension", "fusion", "vqgan"])
+@pytest.mark.parametrize("size", [0, 10, 0.5, 0.999])
+def test_truncated_files(files, name, size):
+    sources, output = files
+    path = getattr(sources, name)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(size if size >= 1 else size * len(data))])
+    refused(
+        sources, output, "zero bytes" if size == 0 else "is no PyTorch file|cannot be read as a PyTorch checkpoint"
+    )
+
+
+@pytest.mark.parametrize("size", [0, 5, 0.5, 0.999])
+def test_truncated_safetensors(files, size):
+    sources, output = files
+    path = sources.base / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(size if size >= 1 else size * len(data))])
+    refused(sources, output, "zero bytes" if size == 0 else "cannot be read as safetensors")
+
+
+class Attack:
+    """Pickles as a call that leaves a mark when it is carried out."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function", [os.system, eval, exec, os.mkdir, __import__])
+@pytest.mark.parametrize("name", ["comprehension", "vqgan"])
+def test_pickles_that_try_to_run_code_run_none(files, tmp_path, name, function):
+    sources, output = files
+    mark = tmp_path / "m3" / "mark"
+    argument = {os.system: f"touch {mark}", os.mkdir: str(mark), __import__: "antigravity"}.get(
+        function, f"open({str(mark)!r}, 'w')"
+    )
+    path = getattr(sources, name)
+    with torch.serialization.safe_globals([(object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
+        content = torch.load(path, weights_only=True)
+    if name == "vqgan":  # beside the state, where Lightning keeps whatever it likes: inert, hence harmless
+        torch.save({"state_dict": content["state_dict"], "callbacks": Attack(function, argument)}, path)
+        try:
+            export(sources, output)
+        except CheckpointError as error:
+            assert "cannot be read as a PyTorch checkpoint" in str(error)
+            assert not output.exists()
+    else:
+        content[LAYER + ".lora_A.weight"] = Attack(function, argument)
+        torch.save(content, path)
+        refused(sources, output, "cannot be read as a PyTorch checkpoint|something else than tensors")
+    assert not mark.exists()
+
+
+def test_sources_that_are_missing_or_something_else(files, tmp_path):
+    sources, output = files
+    text = tmp_path / "m3" / "text.bin"
+    text.write_text("no weights")
+    yaml = tmp_path / "m3" / "other.yaml"
+    yaml.write_text("model: {params: {n_embed: 3}}")
+    for change, message in (
+        (dict(comprehension=tmp_path / "m3" / "absent.bin"), "absent.bin does not exist"),
+        (dict(comprehension=text), "is no PyTorch file"),
+        (dict(base=tmp_path / "m3" / "vit"), "tokenizer_config.json does not exist"),
+        (dict(vision=tmp_path / "m3" / "base"), "is not the configuration of a CLIP model"),
+        (dict(vqgan_config=yaml), "lacks the entry"),
+        (dict(vqgan_config=text), "cannot be read as a VQGAN's model.yaml"),
+        (dict(generation=GOLDEN / "m3/fusion_layer_weights.bin"), "is no H-LoRA plugin"),
+    ):
+        refused(replace(sources, **change), output, message)
+    (sources.base / "config.json").write_text('{"model_type": "llama"}')
+    refused(sources, output, "is a llama with LlamaTokenizer; HealthGPT has bases of phi3")
+    (sources.base / "config.json").write_text("{")
+    refused(sources, output, "is no JSON")
+
+
+def test_missing_shard(files, checkpoints, tmp_path):
+    source = checkpoints("made_l14").source
+    shutil.copytree(source, tmp_path / "m3" / "sharded")
+    (tmp_path / "m3/sharded/base/model-00002-of-00002.safetensors").unlink()
+    refused(sources_of(tmp_path / "m3/sharded"), tmp_path / "out", "model-00002-of-00002.safetensors does not exist")
+
+
+def test_tokenizer_with_other_ids(files):
+    sources, output = files
+    path = sources.base / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["added_tokens_decoder"]["480"] = config["added_tokens_decoder"].pop("470")
+    path.write_text(json.dumps(config))
+    refused(sources, output, r"gives '<\|user\|>' the id 480, but the vocabulary leads to 470")
+
+
+def test_sources_may_be_given_as_strings(tmp_path):
+    m3 = GOLDEN / "xl32"
+    export(ExportSources(str(m3 / "base"), str(m3 / "vit"), str(m3 / "com_hlora_weights.bin")), str(tmp_path / "out"))
+    assert (tmp_path / "out/config.json").exists()

@@ -262,9 +262,8 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         Returns:
             `torch.FloatTensor` of shape `(num_images, patches, vision hidden)`.
         """
-        tower = getattr(
-            self.vision_tower, "vision_model", self.vision_tower
-        )  # one level deeper before transformers 5.6
+        # Older versions of transformers 5 keep the tower's modules one level deeper.
+        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
         num_blocks = vision_layer % (self.config.vision_config.num_hidden_layers + 1)
         hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values))
         for block in tower.encoder.layers[:num_blocks]:
@@ -294,7 +293,9 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         projected = run_per_task(groups, lambda name, rows: self.projectors[name](rows), features)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=projected)
 
-    def get_placeholder_mask(self, input_ids: torch.LongTensor, pixel_values: torch.FloatTensor) -> torch.BoolTensor:
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor, pixel_values: torch.FloatTensor | None
+    ) -> torch.BoolTensor:
         """
         Where pictures stand in the prompt: a mask `(batch, length)`.
 
@@ -302,18 +303,18 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             ValueError: if the positions are not those of all pictures.
         """
         mask = input_ids == self.config.image_token_id
-        expected = len(pixel_values) * self.config.num_image_patches
-        if not torch.compiler.is_compiling() and mask.sum() != expected:
+        num_images = 0 if pixel_values is None else len(pixel_values)
+        if not torch.compiler.is_compiling() and mask.sum() != num_images * self.config.num_image_patches:
             raise ValueError(
-                f"The prompts have {mask.sum()} picture positions, but {len(pixel_values)} pictures of "
+                f"The prompts have {mask.sum()} picture positions, but {num_images} pictures of "
                 f"{self.config.num_image_patches} patches were given."
             )
         return mask
 
     def embed_tokens(self, input_ids: torch.LongTensor, tasks: list[str]) -> torch.FloatTensor:
         """Embeds ids `(batch, length)` with the tables of each row's task; picture positions get any row."""
-        # The id that stands for pictures may lie past the tables, also in a candidate that prompt lookup copied.
-        input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+        if self.config.image_token_id >= self.config.text_config.vocab_size:
+            input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
 
         def embed(name, ids):
             tables = self.config.tasks[name].token_tables
@@ -365,6 +366,8 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             image_mask = image_mask.unsqueeze(-1).to(inputs_embeds.device)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, features)
+        elif input_ids is not None and past_key_values is None:
+            self.get_placeholder_mask(input_ids, None)
 
         with route(group_by_task(tasks, inputs_embeds.device)):
             return self.language_model(
@@ -561,6 +564,8 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             input_ids, attention_mask = self._append_image_start(input_ids, kwargs.get("attention_mask"), draws)
             kwargs["attention_mask"] = attention_mask
             prompt = input_ids
+        if input_ids is not None:
+            self.model.get_placeholder_mask(input_ids, kwargs.get("pixel_values"))
         self._check_generation(prompt.shape[1], draws, kwargs, generation_config)
 
         if draws.any():
@@ -634,15 +639,15 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
 
     def _pop_max_new_tokens(self, prompt_length, kwargs, generation_config):
         """How many tokens a text row may write; takes the length arguments out of `kwargs`."""
-        config = generation_config or self.generation_config
-        max_new_tokens, max_length = kwargs.pop("max_new_tokens", None), kwargs.pop("max_length", None)
-        for name in ("min_length", "min_new_tokens"):
-            kwargs.pop(name, None)
-        if max_new_tokens is None and max_length is None:
-            max_new_tokens, max_length = config.max_new_tokens, config.max_length
-        if max_new_tokens is None:
-            max_new_tokens = 20 if max_length is None else max(max_length - prompt_length, 1)
-        return max_new_tokens
+        asked = {
+            name: kwargs.pop(name, None) for name in ("max_new_tokens", "max_length", "min_length", "min_new_tokens")
+        }
+        for config in (GenerationConfig(**asked), generation_config, self.generation_config):
+            if config is not None and config.max_new_tokens is not None:
+                return config.max_new_tokens
+            if config is not None and config.max_length is not None:
+                return max(config.max_length - prompt_length, 1)
+        return 20
 
     def prepare_inputs_for_generation(
         self, input_ids, pixel_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs

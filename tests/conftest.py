@@ -8,6 +8,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -110,3 +112,7 @@ def inputs_of(processor, case):
         return_dict=True,
         return_tensors="pt",
     )
+
+
+def pytest_report_header():
+    return f"transformers {transformers.__version__}, torch {torch.__version__}"

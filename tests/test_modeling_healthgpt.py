@@ -374,6 +374,9 @@ def test_what_cannot_be_done_is_said(m3, checkpoints):
         model.generate(ids, generation_mode="image", task="comprehension")
     with pytest.raises(ValueError, match="16 picture positions, but 2 pictures of 16 patches"):
         model(inputs["input_ids"], inputs["pixel_values"].repeat(2, 1, 1, 1))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="16 picture positions, but 0 pictures of 16 patches"):
+            call(inputs["input_ids"])
     with pytest.raises(ValueError, match="guidance_scale is not supported"):
         model.generate(ids, guidance_scale=3.0)
     with pytest.raises(ValueError, match=r"4096 tokens and needs room for 1 more, .* window is 4096"):

@@ -5,7 +5,14 @@ import threading
 import pytest
 import torch
 from conftest import inputs_of
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TextIteratorStreamer,
+)
 
 from healthgpt import TaskConfig
 from healthgpt.modeling_healthgpt import TRANSFORMERS_VERSION, HLoRALinear, route
@@ -47,8 +54,6 @@ def test_hlora_linear_is_its_equation():
 
 @pytest.mark.parametrize("name", ["m3", "l14", "xl32", "made_m3"])
 def test_padded_batch_gives_each_row_what_it_gives_alone(name, checkpoints):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     checkpoint = checkpoints(name)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=True)
@@ -152,15 +157,19 @@ def test_ways_of_generating_agree(name, options, m3):
     assert sequences[0, inputs["input_ids"].shape[1] :].tolist() == case["generated_ids"]
 
 
-def test_compiled_decoding_agrees(m3):
-    checkpoint, model, processor = m3
-    compiled = torch.compile(model.model, fullgraph=True, backend="eager")
-    for case in cases_of(checkpoint, "comprehension/2", "generation/2"):
-        inputs = inputs_of(processor, case)
-        outputs = compiled(**inputs, task=case["task"])
-        with torch.no_grad():
-            expected = model.model(**inputs, task=case["task"])
-        torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state)
+def test_compiled_and_assisted_decoding_agree(m3):
+    checkpoint, _, processor = m3
+    model, assistant = (
+        AutoModelForImageTextToText.from_pretrained(checkpoint.folder, trust_remote_code=True) for _ in range(2)
+    )
+    cases = cases_of(checkpoint, "comprehension/0", "generation/0", "generation/2")
+    for way in ({"assistant_model": assistant}, {"cache_implementation": "static"}):
+        if "assistant_model" not in way:
+            model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+        for case in cases:
+            inputs = inputs_of(processor, case)
+            sequences = model.generate(**inputs, task=case["task"], max_new_tokens=24, **way)
+            assert sequences[0, inputs["input_ids"].shape[1] :].tolist() == case["generated_ids"]
 
 
 def test_several_sequences_per_row_keep_their_pictures_and_tasks(m3):
@@ -350,8 +359,6 @@ def test_fresh_plugins_leave_the_base_as_it_is(m3):
 
 
 def test_what_cannot_be_done_is_said(m3, checkpoints):
-    from transformers import AutoModelForImageTextToText
-
     checkpoint, model, processor = m3
     inputs = inputs_of(processor, checkpoint.cases[0])
     l14 = AutoModelForImageTextToText.from_pretrained(checkpoints("l14").folder, trust_remote_code=True)

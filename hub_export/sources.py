@@ -101,11 +101,15 @@ def _read_pickle(path):
             f"{path} is no PyTorch file: it is not the zip archive that torch.save writes, or cut off."
         )
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"its part {damaged} does not have the checksum that was stored with it")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         placeholders = [(type("Placeholder", (Placeholder,), {}), name) for name in names]
         with torch.serialization.safe_globals(placeholders):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises a dozen types for damaged files, down to AssertionError
+    except Exception as error:  # zipfile and torch raise a dozen types for damaged files, down to AssertionError
         reason = str(error).split("\n")[-1].strip() or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from error
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else content

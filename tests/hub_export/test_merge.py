@@ -206,6 +206,16 @@ def test_truncated_files(files, name, size):
     )
 
 
+@pytest.mark.parametrize("name", ["comprehension", "vqgan"])
+def test_a_flipped_bit_in_a_pickle_is_noticed(files, name):
+    sources, output = files
+    path = getattr(sources, name)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    refused(sources, output, "does not have the checksum that was stored with it")
+
+
 @pytest.mark.parametrize("size", [0, 5, 0.5, 0.999])
 def test_truncated_safetensors(files, size):
     sources, output = files

@@ -544,7 +544,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
                 per row.
             generation_mode (`str`, *optional*): `"text"` means task `"comprehension"`, `"image"` task `"generation"`.
             constrain_image_tokens (`bool`, defaults to `True`): Whether drawing rows are held to image codes. `False`
-                lets the model write what it likes for at most one picture of tokens, as the published scripts do.
+                lets the model write what it likes, by default for one picture of tokens, as the published scripts do.
 
         Returns:
             As `GenerationMixin.generate`: ids of prompt and continuation, `(batch * num_return_sequences, length)`.
@@ -566,17 +566,23 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             prompt = input_ids
         if input_ids is not None:
             self.model.get_placeholder_mask(input_ids, kwargs.get("pixel_values"))
+            if (~draws & (input_ids[:, -1] == self.config.image_start_token_id)).any():
+                raise ValueError(
+                    "A prompt ends with <start_index>, as prompts for drawing do, but its task answers in words."
+                )
         self._check_generation(prompt.shape[1], draws, kwargs, generation_config)
 
         if draws.any():
-            num_codes = self.config.num_image_codes
+            drawing_limit = self.config.num_image_codes
             logits_processor = LogitsProcessorList(logits_processor or [])
             if constrain_image_tokens:
                 logits_processor.append(
                     ImageTokenLogitsProcessor(draws, self.config.image_code_offset, self.config.vqgan_config.num_codes)
                 )
+            else:
+                drawing_limit = kwargs.get("max_new_tokens") or drawing_limit
             text_limit = self._pop_max_new_tokens(prompt.shape[1], kwargs, generation_config)
-            limits = torch.where(draws, num_codes, text_limit)
+            limits = torch.where(draws, drawing_limit, text_limit)
             if not draws.all():
                 stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
                 stopping_criteria.append(RowLengthCriteria(prompt.shape[1], limits))

@@ -3,6 +3,7 @@
 """Processor of HealthGPT: pictures and chat to tensors, tensors to text or pictures."""
 
 import base64
+import binascii
 import os
 from io import BytesIO
 from pathlib import Path
@@ -263,7 +264,8 @@ def load_picture(image, image_size: int) -> Image.Image:
             image = image.convert(image.mode.upper())
         return image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"The picture cannot be read as RGB: {error}.") from error
+        name = getattr(image, "filename", "") or "The picture"
+        raise ValueError(f"{name} cannot be read as RGB: {error}.") from error
 
 
 def _open_picture(image):
@@ -279,10 +281,11 @@ def _open_picture(image):
             image = BytesIO(base64.b64decode(str(image), validate=True))
         return Image.open(image)
     except (OSError, ValueError, TypeError) as error:
+        reason = "it is no file, URL or base64 data" if isinstance(error, binascii.Error) else error
         name = (
             repr(str(image)[:200]) if isinstance(image, (str, Path)) else f"An object of type {type(image).__name__}"
         )
-        raise ValueError(f"{name} is not a picture that can be read: {error}.") from error
+        raise ValueError(f"{name} is not a picture that can be read: {reason}.") from error
 
 
 def _rescale_grey(image):

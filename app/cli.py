@@ -155,8 +155,6 @@ def info(
     from ..configuration_healthgpt import HealthGPTConfig
 
     config = HealthGPTConfig.from_pretrained(checkpoint)
-    if not config.tasks:
-        raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: its config.json names no tasks.")
     parts = count_parameters(config)
     if as_json:
         content = {"tasks": config.to_dict()["tasks"], "parameters": parts, "dtype": str(config.dtype)}
@@ -192,7 +190,7 @@ def read_messages(arguments: list[str]) -> list[dict]:
         )
     for path in paths:
         if not os.path.isfile(path):
-            raise ValueError(f"The picture {path!r} does not exist.")
+            raise ValueError(f"There is no picture file {path!r}.")
     pictures = [{"type": "image", "image": path} for path in paths]
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
 
@@ -208,6 +206,11 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
 
     logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"The device {device!r} cannot be used here: {reason}.") from error
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype or "auto")
     return model.to(device), processor
@@ -217,6 +220,11 @@ def require_checkpoint(checkpoint: str) -> None:
     """Refuses what is neither a folder nor the name of a Hub repository."""
     if not Path(checkpoint).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise ValueError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
+    config = Path(checkpoint) / "config.json"
+    if Path(checkpoint).is_dir() and not (config.is_file() and '"healthgpt"' in config.read_text()):
+        raise ValueError(
+            f"{checkpoint} is no HealthGPT checkpoint: its config.json is missing or that of another model."
+        )
 
 
 def require_kind(model, task: str, kind: str) -> None:

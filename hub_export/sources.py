@@ -110,7 +110,9 @@ def _read_pickle(path):
         with torch.serialization.safe_globals(placeholders):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # zipfile and torch raise a dozen types for damaged files, down to AssertionError
-        reason = str(error).split("\n")[-1].strip() or type(error).__name__
+        lines = str(error).split("\n")
+        reason = next((line for line in lines if "WeightsUnpickler error" in line), lines[-1])
+        reason = reason.split(" Please use")[0].strip() or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from error
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):

@@ -295,6 +295,8 @@ def test_unconstrained_generation_is_the_published_one(m3):
     inputs = inputs_of(processor, case)
     sequences = model.generate(**inputs, task="generation", constrain_image_tokens=False)
     assert sequences[0, inputs["input_ids"].shape[1] :].tolist() == case["generated_ids"]
+    short = model.generate(**inputs, task="generation", constrain_image_tokens=False, max_new_tokens=9)
+    assert short[0, inputs["input_ids"].shape[1] :].tolist() == case["generated_ids"][:9]
     torch.manual_seed(0)
     sequences = model.generate(
         **inputs, task="generation", constrain_image_tokens=False, do_sample=True, temperature=9.0
@@ -381,6 +383,9 @@ def test_what_cannot_be_done_is_said(m3, checkpoints):
         model.generate(ids, generation_mode="image", task="comprehension")
     with pytest.raises(ValueError, match="16 picture positions, but 2 pictures of 16 patches"):
         model(inputs["input_ids"], inputs["pixel_values"].repeat(2, 1, 1, 1))
+    drawing = inputs_of(processor, checkpoint.cases[4])
+    with pytest.raises(ValueError, match="ends with <start_index>, as prompts for drawing do, but its task answers"):
+        model.generate(**drawing, task="comprehension")
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="16 picture positions, but 0 pictures of 16 patches"):
             call(inputs["input_ids"])

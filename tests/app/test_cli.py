@@ -81,7 +81,7 @@ def test_export_info_ask_and_draw(tmp_path, checkpoints):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ask", "-c", "FOLDER", "nowhere.png", "What?"], "The picture 'nowhere.png' does not exist"),
+        (["ask", "-c", "FOLDER", "nowhere.png", "What?"], "There is no picture file 'nowhere.png'"),
         (["ask", "-c", "FOLDER", GOLDEN / "images/ct.png"], "is a file: add a question"),
         (["ask", "-c", "FOLDER", ""], "has no text"),
         (["ask", "-c", "FOLDER", GOLDEN / "m3/cases.json", "What?"], "is not a picture that can be read"),
@@ -92,7 +92,9 @@ def test_export_info_ask_and_draw(tmp_path, checkpoints):
         (["draw", "-c", "FOLDER", "Draw.", "-o", "picture.xyz"], "no ending of a picture format"),
         (["draw", "-c", "FOLDER", "Draw.", "-o", "nowhere/picture.png"], "The folder nowhere does not exist"),
         (["draw", "-c", "L14", "Draw.", "-o", "picture.png"], "no task 'generation' that draws; those that do: none"),
-        (["info", GOLDEN], "is neither|is no HealthGPT|config.json"),
+        (["ask", "-c", "FOLDER", "--device", "abacus", "What?"], "The device 'abacus' cannot be used here"),
+        (["ask", "-c", GOLDEN, "What?"], "is no HealthGPT checkpoint"),
+        (["info", GOLDEN / "m3/base"], "is no HealthGPT checkpoint"),
     ],
 )
 def test_mistakes_are_answered_in_one_sentence(arguments, message, folder, checkpoints, tmp_path, monkeypatch, capsys):

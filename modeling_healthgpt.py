@@ -585,7 +585,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             limits = torch.where(draws, drawing_limit, text_limit)
             if not draws.all():
                 stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-                stopping_criteria.append(RowLengthCriteria(prompt.shape[1], limits))
+                stopping_criteria.append(RowLengthCriteria(0 if input_ids is None else prompt.shape[1], limits))
             if generation_config is None:
                 kwargs["max_new_tokens"] = int(limits.max())
             else:

@@ -263,7 +263,7 @@ def load_picture(image, image_size: int) -> Image.Image:
         if image.mode in ("La", "RGBa"):  # colours multiplied by alpha, from which Pillow finds no way to RGB
             image = image.convert(image.mode.upper())
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:
         name = getattr(image, "filename", "") or "The picture"
         raise ValueError(f"{name} cannot be read as RGB: {error}.") from error
 
@@ -280,7 +280,7 @@ def _open_picture(image):
         elif not os.path.isfile(image):
             image = BytesIO(base64.b64decode(str(image), validate=True))
         return Image.open(image)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
         reason = "it is no file, URL or base64 data" if isinstance(error, binascii.Error) else error
         name = (
             repr(str(image)[:200]) if isinstance(image, (str, Path)) else f"An object of type {type(image).__name__}"

@@ -234,7 +234,10 @@ def test_repetition_penalty_lowers_what_was_said(m3):
     torch.testing.assert_close(outputs[1][said], torch.where(plain < 0, plain * 2, plain / 2))
 
 
-@pytest.mark.skipif(TRANSFORMERS_VERSION >= (5, 18), reason="newer transformers can do it")
+@pytest.mark.skipif(
+    TRANSFORMERS_VERSION >= (5, 18),
+    reason="the refusal under test is for transformers before 5.18, which is older than this one",
+)
 def test_old_transformers_refuse_what_they_cannot_do(m3):
     checkpoint, model, processor = m3
     inputs = inputs_of(processor, checkpoint.cases[0])

@@ -21,7 +21,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -187,11 +193,12 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
             ValueError: if the checkpoint lacks a tensor, or has one that this model has no place for.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        for problem, keys in (("lacks", info["missing_keys"]), ("has no use for", info["unexpected_keys"])):
+        for problem, keys in (
+            ("lacks tensors of the model", info["missing_keys"]),
+            ("has tensors that the model has no place for", info["unexpected_keys"]),
+        ):
             if keys:
-                raise ValueError(
-                    f"The model {problem} {len(keys)} tensors of the checkpoint: {', '.join(sorted(keys))}."
-                )
+                raise ValueError(f"The checkpoint {problem}, {len(keys)} in all: {', '.join(sorted(keys))}.")
         return (model, info) if output_loading_info else model
 
 
@@ -202,6 +209,9 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
     Args:
         config (`HealthGPTConfig`): Shapes of all parts and the tasks.
     """
+
+    # A whole checkpoint loads into this class too: the heads are what it is meant to leave out.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^token_heads\."]
 
     def __init__(self, config: HealthGPTConfig):
         super().__init__(config)
@@ -232,24 +242,23 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         The task of every row of a batch.
 
         Args:
-            task (`str` or `list[str]`): One name for all rows or one per row. `generate` may return several sequences
-                per row; those of one row follow each other and share its name.
+            task (`str` or `list[str]`): One name for all rows or one per row.
             batch_size (`int`): Number of rows.
 
         Raises:
             ValueError: if the checkpoint lacks a task, or the names do not fit the number of rows.
         """
-        names = [task] if isinstance(task, str) else list(task)
+        names = list(task) if isinstance(task, (list, tuple)) else [task]
         for name in names:
             if name not in self.config.tasks:
                 raise ValueError(
                     f"This checkpoint has no task {name!r}; it has {', '.join(self.config.tasks) or 'none'}."
                 )
-        if not names or batch_size % len(names):
+        if len(names) not in (1, batch_size):
             raise ValueError(
                 f"Got {len(names)} tasks for a batch of {batch_size} rows: give one name, or one per row."
             )
-        return [name for name in names for _ in range(batch_size // len(names))]
+        return names if len(names) == batch_size else names * batch_size
 
     def get_vision_features(self, pixel_values: torch.FloatTensor, vision_layer: int) -> torch.FloatTensor:
         """
@@ -400,6 +409,11 @@ class ImageTokenLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(draws.unsqueeze(1) & forbidden, -math.inf)
 
 
+def cached_length(past_key_values: Cache | None) -> int:
+    """Number of positions that a cache, kept from an earlier call, holds already."""
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+
+
 class RowLengthCriteria(StoppingCriteria):
     """
     Ends every row after its own number of new tokens.
@@ -536,7 +550,9 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         Answers or draws; transformers' `generate` with the task of every row.
 
         A row that draws gets `<start_index>` appended if its prompt lacks it, and writes exactly one whole picture of
-        codes, whatever length is asked for: length arguments hold for rows that answer.
+        codes, whatever length is asked for: length arguments hold for rows that answer. Only a stopping criterion of the
+        caller's own (`max_time`, `stop_strings`) ends a picture early. With `past_key_values` of an earlier call, the
+        pictures that it holds may be given again or left out.
 
         Args:
             inputs, generation_config, logits_processor, stopping_criteria, kwargs: As in `GenerationMixin.generate`.
@@ -556,8 +572,10 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         task = task_from_mode(task, generation_mode)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         prompt = kwargs.get("inputs_embeds") if input_ids is None else input_ids
-        if prompt is None:
-            raise ValueError("generate needs a prompt: input_ids or inputs_embeds.")
+        if prompt is None or prompt.ndim < 2 or prompt.shape[1] == 0:
+            raise ValueError(
+                "generate needs a prompt: input_ids (batch, length) or inputs_embeds (batch, length, hidden), not empty."
+            )
         tasks = self.model.tasks_of_rows(task, len(prompt))
         draws = torch.tensor([self.config.tasks[name].kind == "image" for name in tasks], device=prompt.device)
         if input_ids is not None and draws.any():
@@ -565,23 +583,29 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             kwargs["attention_mask"] = attention_mask
             prompt = input_ids
         if input_ids is not None:
-            self.model.get_placeholder_mask(input_ids, kwargs.get("pixel_values"))
+            # Pictures that a kept cache holds need not be given again.
+            pixel_values, cached = kwargs.get("pixel_values"), cached_length(kwargs.get("past_key_values"))
+            self.model.get_placeholder_mask(input_ids[:, cached if pixel_values is None else 0 :], pixel_values)
             if (~draws & (input_ids[:, -1] == self.config.image_start_token_id)).any():
                 raise ValueError(
                     "A prompt ends with <start_index>, as prompts for drawing do, but its task answers in words."
                 )
         self._check_generation(prompt.shape[1], draws, kwargs, generation_config)
 
+        logits_processor = LogitsProcessorList(logits_processor or [])
+        if self.config.image_token_id < self.lm_head.out_features:
+            # Qwen's padded rows have one for <image>, which stands for given pictures and is never an answer.
+            logits_processor.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=prompt.device))
         if draws.any():
+            asked = self._pop_max_new_tokens(prompt.shape[1], kwargs, generation_config)
             drawing_limit = self.config.num_image_codes
-            logits_processor = LogitsProcessorList(logits_processor or [])
             if constrain_image_tokens:
                 logits_processor.append(
                     ImageTokenLogitsProcessor(draws, self.config.image_code_offset, self.config.vqgan_config.num_codes)
                 )
-            else:
-                drawing_limit = kwargs.get("max_new_tokens") or drawing_limit
-            text_limit = self._pop_max_new_tokens(prompt.shape[1], kwargs, generation_config)
+            elif asked is not None:
+                drawing_limit = asked
+            text_limit = self.generation_config.max_new_tokens or 20 if asked is None else asked
             limits = torch.where(draws, drawing_limit, text_limit)
             if not draws.all():
                 stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -597,7 +621,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             generation_config=generation_config,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
-            task=task,
+            task=tasks[0] if len(set(tasks)) == 1 else tasks,
             **kwargs,
         )
 
@@ -644,29 +668,41 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             raise ValueError("Beam search needs rows that all answer or all draw; this batch mixes both.")
 
     def _pop_max_new_tokens(self, prompt_length, kwargs, generation_config):
-        """How many tokens a text row may write; takes the length arguments out of `kwargs`."""
-        asked = {
-            name: kwargs.pop(name, None) for name in ("max_new_tokens", "max_length", "min_length", "min_new_tokens")
-        }
-        for config in (GenerationConfig(**asked), generation_config, self.generation_config):
+        """How many new tokens the caller asked for, if they did; takes the arguments that say so out of `kwargs`."""
+        asked = GenerationConfig(**{name: kwargs.pop(name, None) for name in ("max_new_tokens", "max_length")})
+        for config in (asked, generation_config):
             if config is not None and config.max_new_tokens is not None:
                 return config.max_new_tokens
             if config is not None and config.max_length is not None:
                 return max(config.max_length - prompt_length, 1)
-        return 20
+        return None
 
     def prepare_inputs_for_generation(
-        self, input_ids, pixel_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        pixel_values=None,
+        inputs_embeds=None,
+        past_key_values=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            model_inputs["pixel_values"] = pixel_values
+        if pixel_values is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            first_positions = (input_ids == self.config.image_token_id).nonzero()[:: self.config.num_image_patches]
+            pixel_values = pixel_values[first_positions[:, 1] >= cached_length(past_key_values)]
+            model_inputs["pixel_values"] = pixel_values if len(pixel_values) > 0 else None
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeats every row `expand_size` times, and its pictures with it: a row may have none or several."""
+        """Repeats every row `expand_size` times, with its task and its pictures: a row may have none or several."""
+        if isinstance(model_kwargs["task"], list):
+            model_kwargs["task"] = [name for name in model_kwargs["task"] for _ in range(expand_size)]
         pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1:
             image_mask = self.model.get_placeholder_mask(input_ids, pixel_values)
@@ -724,9 +760,14 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             code `i` is `config.image_code_offset + i`.
 
         Raises:
-            ValueError: if the checkpoint has no VQGAN.
+            ValueError: if the checkpoint has no VQGAN or the pictures have another size.
         """
         vqgan = self._require_vqgan()
+        expected = (vqgan.config.in_channels, vqgan.config.resolution, vqgan.config.resolution)
+        if pixels.shape[1:] != expected:
+            raise ValueError(
+                f"The VQGAN reads pictures of shape (batch, {', '.join(map(str, expected))}), got {tuple(pixels.shape)}."
+            )
         weight = vqgan.quantize.embed.weight
         return vqgan.encode(pixels.to(weight.device, weight.dtype))
 

@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
+from healthgpt.modeling_healthgpt import HealthGPTModel
+
 
 def run_elsewhere(script, folder, tmp_path):
     """Runs a script in a new process that sees neither this repository nor an installed healthgpt package."""
@@ -90,7 +92,10 @@ def test_a_checkpoint_that_lacks_or_has_too_many_tensors_is_refused(checkpoints,
     from safetensors.torch import save_file
 
     source = checkpoints("l14").folder
-    for change, message in (("lack", "lacks 1 tensors"), ("extra", "has no use for 1 tensors")):
+    for change, message in (
+        ("lack", "lacks tensors of the model"),
+        ("extra", "has tensors that the model has no place for"),
+    ):
         folder = tmp_path / change
         shutil.copytree(source, folder)
         tensors = load_file(folder / "model.safetensors")
@@ -99,8 +104,19 @@ def test_a_checkpoint_that_lacks_or_has_too_many_tensors_is_refused(checkpoints,
         else:
             tensors["model.projectors.comprehension.4.bias"] = torch.zeros(3)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=rf"{message} of the checkpoint: model\.projectors\.comprehension\."):
+        with pytest.raises(ValueError, match=rf"{message}, 1 in all: model\.projectors\.comprehension\."):
             AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_a_checkpoint_without_its_heads_loads_into_the_headless_model(m3):
+    checkpoint, model, _ = m3
+    headless = HealthGPTModel.from_pretrained(checkpoint.folder)
+    assert headless.state_dict().keys() == model.model.state_dict().keys()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        hidden_states = headless(ids, task="generation").last_hidden_state
+        logits = model.token_heads["generation"](hidden_states)
+        assert torch.equal(logits, model(ids, task="generation").logits)
 
 
 def test_image_text_to_text_pipeline_answers(m3):

@@ -107,6 +107,82 @@ def test_text_rows_of_a_mixed_batch_stop_at_their_own_limit(m3):
         assert sequences[1, length:].tolist() == cases[1]["generated_ids"]
 
 
+def test_text_rows_of_a_mixed_batch_keep_their_least_length(m3):
+    checkpoint, model, processor = m3
+    cases = [checkpoint.cases[0], checkpoint.cases[4]]
+    inputs = inputs_of(processor, cases)
+    length = inputs["input_ids"].shape[1]
+    third = cases[0]["generated_ids"][2]  # would end the answer if it may
+    for least, ended in (({}, True), ({"min_new_tokens": 9}, False), ({"min_length": length + 9}, False)):
+        sequences = model.generate(
+            **inputs, task=["comprehension", "generation"], max_new_tokens=20, eos_token_id=third, **least
+        )
+        assert (third in sequences[0, length : length + 9]) is ended
+        assert sequences[1, length:].tolist() == cases[1]["generated_ids"]
+
+
+def test_embedded_prompts_of_a_mixed_batch(m3):
+    checkpoint, model, processor = m3
+    cases = cases_of(checkpoint, "comprehension/2", "generation/2")
+    tasks = [case["task"] for case in cases]
+    inputs = inputs_of(processor, cases)
+    embeds = model.model.embed_tokens(inputs["input_ids"], tasks)
+    new = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], task=tasks, max_new_tokens=3)
+    assert new[0].tolist()[:3] == cases[0]["generated_ids"][:3]
+    assert (new[0, 3:] == model.generation_config.pad_token_id).all()
+    assert new[1].tolist() == cases[1]["generated_ids"]
+
+
+@pytest.mark.parametrize("with_pictures", [True, False])
+def test_a_kept_cache_with_pictures_is_continued(m3, with_pictures):
+    checkpoint, model, processor = m3
+    cases = cases_of(checkpoint, "comprehension/two_pictures", "comprehension/2")
+    inputs = inputs_of(processor, cases)
+    first = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True, use_cache=True)
+    more = torch.cat([first.sequences, torch.tensor([[7, 8, 9], [9, 8, 7]])], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, more.shape[1] - inputs["input_ids"].shape[1])], dim=1)
+    pictures = {"pixel_values": inputs["pixel_values"]}
+    whole = model.generate(more, attention_mask=mask, max_new_tokens=6, **pictures)
+    continued = model.generate(
+        more,
+        attention_mask=mask,
+        max_new_tokens=6,
+        past_key_values=first.past_key_values,
+        **(pictures if with_pictures else {}),
+    )
+    assert torch.equal(continued, whole)
+
+
+def test_a_new_picture_is_added_to_a_kept_cache(m3):
+    checkpoint, model, processor = m3
+    inputs = inputs_of(processor, cases_of(checkpoint, "comprehension/two_pictures"))
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    whole = model.generate(ids, pixel_values=pixels, max_new_tokens=6)
+    between = int((ids[0] == model.config.image_token_id).nonzero()[model.config.num_image_patches])
+    for pictures, message in ((pixels, None), (None, "16 picture positions, but 0 pictures")):
+        cache = model(ids[:, :between], pixel_values=pixels[:1], use_cache=True).past_key_values
+        if message is None:
+            assert torch.equal(
+                model.generate(ids, pixel_values=pictures, past_key_values=cache, max_new_tokens=6), whole
+            )
+        else:
+            with pytest.raises(ValueError, match=message):
+                model.generate(ids, past_key_values=cache)
+
+
+def test_an_answer_never_holds_the_picture_placeholder(checkpoints):
+    folder = checkpoints("xl32").folder
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    placeholder = model.config.image_token_id
+    assert placeholder < model.lm_head.out_features
+    with torch.no_grad():  # a head that likes the placeholder best
+        model.lm_head.weight[placeholder] = 100 * model.model(torch.tensor([[1, 2, 3]])).last_hidden_state[0, -1]
+        assert model(torch.tensor([[1, 2, 3]])).logits[0, -1].argmax() == placeholder
+    for use_cache in (True, False):
+        sequences = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, use_cache=use_cache)
+        assert (sequences != placeholder).all()
+
+
 def test_two_threads_generate_with_different_tasks(m3):
     checkpoint, model, processor = m3
     cases = [*cases_of(checkpoint, "comprehension/0", "generation/0", "comprehension/2", "generation/2")]
@@ -300,6 +376,12 @@ def test_unconstrained_generation_is_the_published_one(m3):
     assert sequences[0, inputs["input_ids"].shape[1] :].tolist() == case["generated_ids"]
     short = model.generate(**inputs, task="generation", constrain_image_tokens=False, max_new_tokens=9)
     assert short[0, inputs["input_ids"].shape[1] :].tolist() == case["generated_ids"][:9]
+    for length in (
+        {"max_length": inputs["input_ids"].shape[1] + 9},
+        {"generation_config": GenerationConfig(max_new_tokens=9)},
+    ):
+        again = model.generate(**inputs, task="generation", constrain_image_tokens=False, **length)
+        assert torch.equal(again, short)
     torch.manual_seed(0)
     sequences = model.generate(
         **inputs, task="generation", constrain_image_tokens=False, do_sample=True, temperature=9.0
@@ -380,6 +462,16 @@ def test_what_cannot_be_done_is_said(m3, checkpoints):
         l14.encode_image(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="2 tasks for a batch of 1 rows"):
         model(ids, task=["comprehension", "generation"])
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="2 tasks for a batch of 4 rows"):
+            call(ids.repeat(4, 1), task=["comprehension", "generation"])
+    with pytest.raises(ValueError, match="has no task 3; it has comprehension, generation"):
+        model(ids, task=3)
+    for nothing in (ids[:, :0], ids[0]):
+        with pytest.raises(ValueError, match=r"needs a prompt: input_ids \(batch, length\)"):
+            model.generate(nothing)
+    with pytest.raises(ValueError, match=r"reads pictures of shape \(batch, 3, 32, 32\), got \(1, 3, 64, 32\)"):
+        model.encode_image(torch.zeros(1, 3, 64, 32))
     with pytest.raises(ValueError, match="generation_mode is 'text' or 'image', got 'audio'"):
         model.generate(ids, generation_mode="audio")
     with pytest.raises(ValueError, match="means task 'generation', but task='comprehension'"):

@@ -10,9 +10,10 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_transforms import to_pil_image
+from transformers.image_utils import to_numpy_array
 from transformers.processing_utils import ProcessingKwargs
 
 from .configuration_healthgpt import task_from_mode
@@ -84,17 +85,23 @@ class HealthGPTProcessor(ProcessorMixin):
         Raises:
             ValueError: if there is no text, a picture cannot be used, or pictures and prompts do not fit each other.
         """
-        if text is None or (isinstance(text, list) and not text):
-            raise ValueError("HealthGPT needs a prompt: text is missing.")
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = [text] if isinstance(text, str) else list(text or [])
+        if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+            raise ValueError("HealthGPT needs prompts that are not empty: text is a string or a list of strings.")
         merged = self._merge_kwargs(
             HealthGPTProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
         pictures = [load_picture(image, self.image_size) for image in _flatten(images)]
-        placeholders = sum(prompt.count(self.image_token) for prompt in prompts)
-        if placeholders != len(pictures):
+        placeholders = [prompt.count(self.image_token) for prompt in prompts]
+        if sum(placeholders) != len(pictures):
             raise ValueError(
-                f"The prompts have {placeholders} {self.image_token} but {len(pictures)} pictures were given."
+                f"The prompts have {sum(placeholders)} {self.image_token} but {len(pictures)} pictures were given."
+            )
+        is_nested = isinstance(images, (list, tuple)) and all(isinstance(item, (list, tuple)) for item in images)
+        if is_nested and placeholders != [len(_flatten(item)) for item in images]:
+            raise ValueError(
+                f"The prompts have {placeholders} {self.image_token} but {[len(_flatten(item)) for item in images]} pictures "
+                "were given for them."
             )
 
         space = " " if self.prefix_space else ""
@@ -138,7 +145,9 @@ class HealthGPTProcessor(ProcessorMixin):
         )
         if processor_kwargs:
             kwargs["processor_kwargs"] = processor_kwargs
-        is_batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
+        is_batched = isinstance(conversation, (list, tuple)) and isinstance(
+            next(iter(conversation), None), (list, tuple)
+        )
         conversations = conversation if is_batched else [conversation]
         tasks = [task] * len(conversations) if isinstance(task, str) else list(task)
         if len(tasks) != len(conversations):
@@ -152,20 +161,15 @@ class HealthGPTProcessor(ProcessorMixin):
         """A copy of the conversation with contents as lists, the default prompt if it is needed, and the mode."""
         if task not in self.tasks:
             raise ValueError(f"This checkpoint has no task {task!r}; it has {', '.join(self.tasks) or 'none'}.")
-        messages = []
-        for message in conversation:
-            content = message["content"]
-            content = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-            messages.append({**message, "content": content})
-        if not messages:
-            raise ValueError("The conversation is empty: it needs at least one message.")
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise ValueError(f"A conversation is a list of at least one message, got {str(conversation)[:200]!r}.")
+        messages = [_with_parts(message) for message in conversation]
         last = messages[-1]
         if not any(part["type"] == "text" and part["text"].strip() for part in last["content"]):
-            has_picture = any(part["type"] == "image" for part in last["content"])
+            pictures = [part for part in last["content"] if part["type"] != "text"]
             default_prompt = self.tasks[task].get("default_prompt")
-            if default_prompt is None or not has_picture:
+            if default_prompt is None or not pictures:
                 raise ValueError(f"The last message has no text, which task {task!r} needs.")
-            pictures = [part for part in last["content"] if part["type"] == "image"]
             last["content"] = [*pictures, {"type": "text", "text": default_prompt}]
         last["generation_mode"] = self.tasks[task]["kind"]  # read by the chat template
         return messages
@@ -194,12 +198,14 @@ class HealthGPTProcessor(ProcessorMixin):
             `torch.FloatTensor` of shape `(num_images, 3, picture_size, picture_size)`.
 
         Raises:
-            ValueError: if the checkpoint has no VQGAN or a picture cannot be used.
+            ValueError: if the checkpoint has no VQGAN, a picture cannot be used, or there is none.
         """
         if self.picture_size is None:
             raise ValueError(
                 "This checkpoint has no VQGAN: it was exported without one and cannot handle image codes."
             )
+        if not _flatten(images):
+            raise ValueError("There is no picture to prepare: the list is empty.")
         size = (self.picture_size, self.picture_size)
         pictures = [
             load_picture(image, self.image_size).resize(size, Image.Resampling.LANCZOS) for image in _flatten(images)
@@ -245,8 +251,7 @@ def load_picture(image, image_size: int) -> Image.Image:
     Raises:
         ValueError: if it is no picture, is empty, or has a side that would vanish.
     """
-    if not isinstance(image, Image.Image):
-        image = _open_picture(image)
+    image = _open_picture(image)
     width, height = image.size
     if width == 0 or height == 0:
         raise ValueError(f"The picture is empty: it has {width} x {height} pixels.")
@@ -259,33 +264,57 @@ def load_picture(image, image_size: int) -> Image.Image:
         return _rescale_grey(image)
     if image.mode.startswith("I;16"):
         return _rescale_grey(image.convert("I"))
-    try:
-        if image.mode in ("La", "RGBa"):  # colours multiplied by alpha, from which Pillow finds no way to RGB
-            image = image.convert(image.mode.upper())
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, RuntimeError) as error:
-        name = getattr(image, "filename", "") or "The picture"
-        raise ValueError(f"{name} cannot be read as RGB: {error}.") from error
+    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha, from which Pillow finds no way to RGB
+        image = image.convert(image.mode.upper())
+    return image.convert("RGB")
 
 
 def _open_picture(image):
-    """A PIL picture of an array, tensor, path, URL or base64 string."""
+    """A PIL picture, read whole, of a PIL picture, array, tensor, path, URL or base64 string."""
+    is_name = isinstance(image, (str, Path))
     try:
-        if not isinstance(image, (str, Path)):
-            return to_pil_image(image)
-        # Not transformers' load_image, which clips 16-bit pictures to 8 bits.
-        if str(image).startswith(("http://", "https://", "data:")):
-            with urlopen(str(image), timeout=60) as response:
-                image = BytesIO(response.read())
-        elif not os.path.isfile(image):
-            image = BytesIO(base64.b64decode(str(image), validate=True))
-        return Image.open(image)
-    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        reason = "it is no file, URL or base64 data" if isinstance(error, binascii.Error) else error
-        name = (
-            repr(str(image)[:200]) if isinstance(image, (str, Path)) else f"An object of type {type(image).__name__}"
-        )
+        if is_name:
+            picture = Image.open(_file_of(str(image)))
+        elif isinstance(image, Image.Image):
+            picture = image
+        else:
+            array = to_numpy_array(image)
+            # transformers' to_pil_image wants a dimension of one or three channels.
+            plain = array.ndim == 2 or array.shape[-1] == 4
+            picture = Image.fromarray(array) if plain else to_pil_image(array)
+        picture.load()
+        return picture
+    except Exception as error:  # Pillow's readers and urllib raise a dozen types for what they cannot read
+        reason = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
+        name = repr(str(image)[:200]) if is_name else f"An object of type {type(image).__name__}"
+        if isinstance(error, (binascii.Error, UnidentifiedImageError)):
+            reason = "it is no file, URL or base64 data of a picture format that Pillow knows"
         raise ValueError(f"{name} is not a picture that can be read: {reason}.") from error
+
+
+def _file_of(name):
+    """What `Image.open` reads for a path, URL or base64 string: not transformers' `load_image`, which clips 16 bits to 8."""
+    if name.startswith(("http://", "https://", "data:")):
+        with urlopen(name, timeout=60) as response:
+            return BytesIO(response.read())
+    return name if os.path.isfile(name) else BytesIO(base64.b64decode(name, validate=True))
+
+
+def _with_parts(message):
+    """A copy of a chat message, checked, whose content is a list of its pictures and texts."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"A message is a dictionary with role and content, got {str(message)[:200]!r}.")
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": [{"type": "text", "text": content}]}
+    for part in content if isinstance(content, (list, tuple)) else [content]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("image", "image_url", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
+            raise ValueError(
+                "A message's content is a string or a list of {'type': 'image', 'image': ...} and {'type': 'text', 'text': "
+                f"...}}, got {str(part)[:200]!r}."
+            )
+    return {**message, "content": list(content)}
 
 
 def _rescale_grey(image):

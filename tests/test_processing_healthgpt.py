@@ -91,12 +91,22 @@ def test_paths_urls_arrays_and_pictures_are_the_same_picture(processor):
             "data:image/png;base64," + base64.b64encode((GOLDEN / "images/retina.png").read_bytes()).decode(),
             pixels.numpy(),
             pixels,
+            picture.convert("RGBA"),
+            pixels.permute(2, 0, 1).numpy(),
         )
     ]
     assert all(torch.equal(inputs[0], other) for other in inputs[1:])
 
 
-def test_what_cannot_be_used_is_said_in_one_sentence(processor, tmp_path):
+def test_grey_and_transparent_arrays_are_pictures():
+    grey = torch.arange(12, dtype=torch.uint8).view(3, 4)
+    deep = (grey.numpy().astype("uint16") * 256) + 255
+    transparent = torch.stack([grey, grey, grey, grey], dim=-1)
+    for array in (grey, grey.numpy(), deep, transparent.numpy()):
+        assert load_picture(array, 56).tobytes() == bytes(grey.flatten().repeat_interleave(3).tolist())
+
+
+def test_what_cannot_be_used_is_said_in_one_sentence(processor, tmp_path, monkeypatch):
     text = {"type": "text", "text": "What is this?"}
     not_a_picture = tmp_path / "notes.png"
     not_a_picture.write_text("no picture")
@@ -104,7 +114,20 @@ def test_what_cannot_be_used_is_said_in_one_sentence(processor, tmp_path):
     cut_off.write_bytes((GOLDEN / "images/retina.png").read_bytes()[:2000])
     empty = tmp_path / "empty.png"
     empty.write_bytes(b"")
+    deep = tmp_path / "deep.tif"
+    Image.frombytes("I;16", (64, 64), bytes(64 * 64 * 2)).save(deep)
+    deep.write_bytes(deep.read_bytes()[:5000])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    nothing_known = "no file, URL or base64 data of a picture format that Pillow knows"
     for image, message in (
+        (str(deep), "deep.tif' is not a picture that can be read"),
+        (Image.open(deep), "is not a picture that can be read"),
+        (str(GOLDEN / "images/retina.png"), "could be decompression bomb DOS attack"),
+        ("scan", f"^'scan' is not a picture that can be read: it is {nothing_known}"),
+        (str(tmp_path), nothing_known),
+        ("http://[::1", "Invalid IPv6 URL"),
+        ("http://a b/c", "control characters"),
+        (torch.zeros(2, 2, 2, 2), "is not a picture that can be read"),
         (str(not_a_picture), "is not a picture that can be read"),
         (str(cut_off), "cannot be read|is not a picture that can be read"),
         (str(empty), "is not a picture that can be read"),
@@ -117,21 +140,40 @@ def test_what_cannot_be_used_is_said_in_one_sentence(processor, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             processor.apply_chat_template(chat({"type": "image", "image": image}, text), tokenize=True)
         assert "\n" not in str(error.value)
+    user = {"role": "user"}
     for arguments, message in (
+        (dict(conversation={**user, "content": "?"}), "conversation is a list of at least one message, got"),
+        (dict(conversation="What is this?"), "conversation is a list of at least one message, got"),
+        (dict(conversation=["What is this?"]), "message is a dictionary with role and content, got 'What is this"),
+        (dict(conversation=[{"content": "?"}]), "message is a dictionary with role and content"),
+        (dict(conversation=[user]), "content is a string or a list of .*, got 'None'"),
+        (dict(conversation=[{**user, "content": None}]), "content is a string or a list of"),
+        (dict(conversation=[{**user, "content": ["?"]}]), "content is a string or a list of"),
+        (dict(conversation=chat({"text": "?"})), "content is a string or a list of"),
+        (dict(conversation=chat({"type": "text"})), "content is a string or a list of"),
+        (dict(conversation=chat({"type": "text", "text": None})), "content is a string or a list of"),
+        (dict(conversation=chat({"type": "video", "video": "x.mp4"}, text)), "content is a string .* 'video'"),
         (dict(conversation=chat({"type": "text", "text": "  "})), "no text, which task 'comprehension' needs"),
         (dict(conversation=chat(PICTURE)), "no text, which task 'comprehension' needs"),
         (dict(conversation=chat({"type": "text", "text": ""}), task="generation"), "no text, which task 'generation'"),
         (dict(conversation=chat(text), task="x_ray"), "no task 'x_ray'; it has comprehension, generation"),
         (dict(conversation=[chat(text)] * 2, task=["comprehension"]), "1 tasks for 2 conversations"),
-        (dict(conversation=[[]]), "conversation is empty"),
+        (dict(conversation=[[]]), "conversation is a list of at least one message"),
         (dict(conversation=chat(text), generation_mode="video"), "generation_mode is 'text' or 'image'"),
     ):
         with pytest.raises(ValueError, match=message):
             processor.apply_chat_template(**arguments)
     for arguments, message in (
-        (dict(), "text is missing"),
-        (dict(text=[]), "text is missing"),
+        (dict(), "needs prompts that are not empty"),
+        (dict(text=""), "needs prompts that are not empty"),
+        (dict(text=["a", " "]), "needs prompts that are not empty"),
+        (dict(text=()), "needs prompts that are not empty"),
+        (dict(text=[]), "needs prompts that are not empty"),
         (dict(text="<image> and <image>?", images=[Image.new("RGB", (9, 9))]), "have 2 <image> but 1 pictures"),
+        (
+            dict(text=["<image> a", "b"], images=[[], [Image.new("RGB", (9, 9))]]),
+            r"have \[1, 0\] <image> but \[0, 1\] pictures",
+        ),
         (dict(text="no place", images=[Image.new("RGB", (9, 9))]), "have 0 <image> but 1 pictures"),
         (
             dict(text="<image>", images=[Image.new("RGB", (9, 9))], truncation=True, max_length=9),
@@ -183,6 +225,8 @@ def test_target_pictures_are_stretched_to_the_vqgan(processor):
     pixels = processor.process_target_images([Image.open(GOLDEN / "images/retina.png"), Image.new("L", (9, 30), 255)])
     assert pixels.shape == (2, 3, 32, 32)
     assert -1 <= pixels.min() < pixels[0].max() <= 1 and (pixels[1] == 1).all()
+    with pytest.raises(ValueError, match="no picture to prepare"):
+        processor.process_target_images([])
     expected = Image.open(GOLDEN / "images/retina.png").convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
     assert ((pixels[0, :, 3, 5] + 1) / 2 * 255).round().int().tolist() == list(expected.getpixel((5, 3)))
 

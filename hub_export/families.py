@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from .sources import CheckpointError
+from .sources import CheckpointError, reading
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -88,35 +88,34 @@ def build_tokenizer(base: Path) -> PreTrainedTokenizerFast:
         CheckpointError: if a file is missing or damaged, or the added tokens do not get their published ids.
     """
     config = read_json(base / "tokenizer_config.json")
-    tokenizer_class = config["tokenizer_class"].removesuffix("Fast")
-    if tokenizer_class == "LlamaTokenizer":
-        tokenizer = _sentencepiece(base / "tokenizer.model", config.get("unk_token"))
-    else:
-        tokenizer = _byte_level(base, tokenizer_class)
-    for token_id, token in sorted((int(key), token) for key, token in config["added_tokens_decoder"].items()):
-        tokenizer.add_tokens([AddedToken(**token)])
-        if tokenizer.token_to_id(token["content"]) != token_id:
-            raise CheckpointError(
-                f"{base / 'tokenizer_config.json'} gives {token['content']!r} the id {token_id}, but the vocabulary leads "
-                f"to {tokenizer.token_to_id(token['content'])}."
+    with reading(base / "tokenizer_config.json"):
+        added = {int(key): AddedToken(**token) for key, token in config.get("added_tokens_decoder", {}).items()}
+        names = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        names = {key: name["content"] if isinstance(name, dict) else name for key, name in names.items() if name}
+        tokenizer_class = config["tokenizer_class"].removesuffix("Fast")
+        if tokenizer_class == "LlamaTokenizer":
+            tokenizer = _sentencepiece(base / "tokenizer.model", names.get("unk_token"))
+        else:
+            tokenizer = _byte_level(base, tokenizer_class)
+        for token_id, token in sorted(added.items()):
+            tokenizer.add_tokens([token])
+            if tokenizer.token_to_id(token.content) != token_id:
+                raise CheckpointError(
+                    f"{base / 'tokenizer_config.json'} gives {token.content!r} the id {token_id}, but the vocabulary leads "
+                    f"to {tokenizer.token_to_id(token.content)}."
+                )
+        if config.get("add_bos_token"):
+            bos = names["bos_token"]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
             )
-    if config.get("add_bos_token"):
-        bos = config["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            padding_side="left",
+            model_max_length=config.get("model_max_length"),
+            clean_up_tokenization_spaces=False,
+            **names,
         )
-    special_tokens = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        padding_side="left",
-        model_max_length=config["model_max_length"],
-        clean_up_tokenization_spaces=False,
-        **{
-            key: token["content"] if isinstance(token, dict) else token
-            for key, token in special_tokens.items()
-            if token
-        },
-    )
 
 
 def _sentencepiece(path, unk_token):

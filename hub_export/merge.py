@@ -25,7 +25,7 @@ from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from ..processing_healthgpt import CLIPImageProcessorPil, HealthGPTProcessor
 from . import rules
 from .families import Family, add_image_placeholder, add_image_tokens, build_tokenizer, family_of, read_json
-from .sources import CheckpointError, LazyTensor, read_directory, read_file
+from .sources import CheckpointError, LazyTensor, read_directory, read_file, reading
 
 HUB_FILES = (
     "configuration_healthgpt.py",
@@ -157,14 +157,16 @@ def export(sources: ExportSources, output: str | Path, dtype: str | None = None,
     Raises:
         CheckpointError: if a source cannot be used; then nothing is left behind.
         FileExistsError: if the output folder is not empty.
+        FileNotFoundError: if the folder around it does not exist.
     """
-    output = Path(output)
+    output = Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder.")
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"There is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"The folder {output.parent}, in which {output.name} is to be made, does not exist.")
     plan = build_plan(sources, dtype)
-    output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         write_tensors(plan, temporary, progress)
@@ -231,6 +233,8 @@ def build_plan(sources: ExportSources, dtype: str | None = None) -> Plan:
         processor=build_processor(family, tokenizer, vision, config),
         generation_config=build_generation_config(base, config),
     )
+    if config.tie_word_embeddings:
+        drop_tied_head(plan, base_tensors)
     resize = (base_rows, config.text_config.vocab_size) if adds_tokens else None
     tables = {"model.embed_tokens.weight": resize, "lm_head.weight": resize}
     add_transfers(plan, base_tensors, rules.BASE, base, rows=tables)
@@ -263,14 +267,25 @@ def add_transfers(plan: Plan, tensors: dict[str, LazyTensor], table: list[rules.
         raise CheckpointError(f"{origin} has {list_names(unknown)} that no rule covers.")
 
 
+def drop_tied_head(plan: Plan, base_tensors: dict[str, LazyTensor]) -> None:
+    """A base whose configuration ties its head to the embeddings may store both, if they are the same."""
+    head = base_tensors.pop("lm_head.weight", None)
+    if head is None:
+        return
+    if not torch.equal(head.load(), base_tensors["model.embed_tokens.weight"].load()):
+        raise CheckpointError(
+            f"lm_head.weight in {head.origin} differs from the embeddings, to which the base's config.json ties it."
+        )
+    plan.dropped.append(("lm_head.weight", head, "the same as the embeddings, to which it is tied"))
+
+
 def check_targets(plan: Plan) -> None:
     """Every tensor of the model must be filled, once, in its shape, and nothing else."""
-    with torch.device("meta"):
+    with reading("The configuration of the base, the vision tower or the VQGAN"), torch.device("meta"):
         model = HealthGPTForConditionalGeneration(plan.config)
     expected = {checkpoint_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
     if plan.config.tie_word_embeddings:
         del expected["lm_head.weight"]
-        plan.transfers = [transfer for transfer in plan.transfers if transfer.target != "lm_head.weight"]
     found = {transfer.target: transfer for transfer in plan.transfers}
     extra = [transfer for name, transfer in found.items() if name not in expected]
     if extra:
@@ -339,10 +354,8 @@ def read_text_config(base: Path):
     settings = read_json(base / "config.json")
     for key in ("auto_map", "architectures", "_name_or_path", "transformers_version", "torch_dtype"):
         settings.pop(key, None)
-    try:
+    with reading(base / "config.json"):
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{base / 'config.json'} cannot be used: {error}") from error
     if config.sliding_window is not None:
         # transformers 4.41, which the weights were published with, lets a token see `sliding_window` tokens before
         # itself; transformers 5 counts the token among them.
@@ -353,18 +366,16 @@ def read_text_config(base: Path):
 def read_vision_config(vision: Path):
     settings = read_json(vision / "config.json")
     settings = settings.get("vision_config", settings)
-    settings = {key: value for key, value in settings.items() if key not in ("torch_dtype", "transformers_version")}
-    if settings.pop("model_type", None) != "clip_vision_model":
-        raise CheckpointError(f"{vision / 'config.json'} is not the configuration of a CLIP model.")
-    try:
+    with reading(vision / "config.json"):
+        settings = {k: value for k, value in settings.items() if k not in ("torch_dtype", "transformers_version")}
+        if settings.pop("model_type", None) != "clip_vision_model":
+            raise CheckpointError(f"{vision / 'config.json'} is not the configuration of a CLIP model.")
         return AutoConfig.for_model("clip_vision_model", **settings)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{vision / 'config.json'} cannot be used: {error}") from error
 
 
 def read_vqgan_config(path: Path) -> HealthGPTVQGANConfig:
     """The VQGAN's shape from a taming-transformers `model.yaml`."""
-    try:
+    with reading(path):
         params = yaml.safe_load(path.read_text())["model"]["params"]
         shape = params["ddconfig"]
         return HealthGPTVQGANConfig(
@@ -379,20 +390,18 @@ def read_vqgan_config(path: Path) -> HealthGPTVQGANConfig:
             num_res_blocks=shape["num_res_blocks"],
             attention_resolutions=shape["attn_resolutions"],
         )
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a VQGAN's model.yaml: {error}") from error
-    except KeyError as error:
-        raise CheckpointError(f"{path} is no VQGAN's model.yaml: it lacks the entry {error}.") from error
 
 
 def build_processor(family: Family, tokenizer, vision: Path, config: HealthGPTConfig) -> HealthGPTProcessor:
     settings = read_json(vision / "preprocessor_config.json")
     keys = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
     keys += ("do_normalize", "image_mean", "image_std", "do_convert_rgb")
-    image_processor = CLIPImageProcessorPil(**{key: settings[key] for key in keys if key in settings})
-    if image_processor.crop_size["height"] != config.vision_config.image_size:
+    with reading(vision / "preprocessor_config.json"):
+        image_processor = CLIPImageProcessorPil(**{key: settings[key] for key in keys if key in settings})
+        crop_size = image_processor.crop_size["height"]
+    if crop_size != config.vision_config.image_size:
         raise CheckpointError(
-            f"{vision / 'preprocessor_config.json'} makes pictures of {image_processor.crop_size['height']} pixels, but the "
+            f"{vision / 'preprocessor_config.json'} makes pictures of {crop_size} pixels, but the "
             f"vision tower reads {config.vision_config.image_size}."
         )
     processor = HealthGPTProcessor(
@@ -417,7 +426,8 @@ def build_generation_config(base: Path, config: HealthGPTConfig) -> GenerationCo
     tokens = {key: settings.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokens["pad_token_id"] is None:
         tokens["pad_token_id"] = config.text_config.pad_token_id
-    return GenerationConfig(**tokens, do_sample=False, max_new_tokens=1024)
+    with reading(path):
+        return GenerationConfig(**tokens, do_sample=False, max_new_tokens=1024)
 
 
 def write_tensors(plan: Plan, folder: Path, progress: Callable) -> None:

@@ -8,6 +8,7 @@ nothing else; what a Lightning checkpoint names besides becomes an inert placeho
 import json
 import zipfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,20 @@ from safetensors import SafetensorError, safe_open
 
 class CheckpointError(ValueError):
     """A source file that cannot be used; the message is one sentence that says why."""
+
+
+@contextmanager
+def reading(origin: str | Path):
+    """Turns whatever a library raises over the content of a file into one sentence that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{origin} cannot be used: it lacks the entry {error}.") from error
+    except Exception as error:  # configuration classes, parsers and torch raise a dozen types
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise CheckpointError(f"{origin} cannot be used: {reason}.") from error
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,7 @@ def _read_pickle(path):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # zipfile and torch raise a dozen types for damaged files, down to AssertionError
         lines = str(error).split("\n")
-        reason = next((line for line in lines if "WeightsUnpickler error" in line), lines[-1])
+        reason = next((line for line in lines if "WeightsUnpickler error" in line or "GLOBAL" in line), lines[-1])
         reason = reason.split(" Please use")[0].strip() or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from error
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else content

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,21 @@ Checkpoint = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")]
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"healthgpt {version('healthgpt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -74,8 +90,10 @@ def draw(
     import torch
     from PIL import Image
 
-    if output.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{output} has no ending of a picture format that Pillow writes, such as .png.")
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder: name the picture in it.")
     if not output.parent.is_dir():
         raise ValueError(f"The folder {output.parent} does not exist.")
     messages = read_messages(arguments)
@@ -201,6 +219,7 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"There is no dtype {dtype!r}; choose one of float32, bfloat16, float16.")
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
@@ -212,19 +231,24 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
         reason = str(error).split("\n")[0]
         raise ValueError(f"The device {device!r} cannot be used here: {reason}.") from error
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype or "auto")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype or "auto")
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {checkpoint} are damaged: {error}.") from error
     return model.to(device), processor
 
 
 def require_checkpoint(checkpoint: str) -> None:
-    """Refuses what is neither a folder nor the name of a Hub repository."""
+    """Refuses what is neither a folder nor the name of a Hub repository, and checkpoints of other models."""
     if not Path(checkpoint).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise ValueError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
-    config = Path(checkpoint) / "config.json"
-    if Path(checkpoint).is_dir() and not (config.is_file() and '"healthgpt"' in config.read_text()):
-        raise ValueError(
-            f"{checkpoint} is no HealthGPT checkpoint: its config.json is missing or that of another model."
-        )
+    from transformers import PreTrainedConfig
+
+    if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
+        raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
+    model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
+    if model_type != "healthgpt":
+        raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: its config.json is that of a {model_type} model.")
 
 
 def require_kind(model, task: str, kind: str) -> None:

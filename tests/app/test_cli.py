@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from conftest import GOLDEN
@@ -93,12 +95,23 @@ def test_export_info_ask_and_draw(tmp_path, checkpoints):
         (["draw", "-c", "FOLDER", "Draw.", "-o", "nowhere/picture.png"], "The folder nowhere does not exist"),
         (["draw", "-c", "L14", "Draw.", "-o", "picture.png"], "no task 'generation' that draws; those that do: none"),
         (["ask", "-c", "FOLDER", "--device", "abacus", "What?"], "The device 'abacus' cannot be used here"),
-        (["ask", "-c", GOLDEN, "What?"], "is no HealthGPT checkpoint"),
-        (["info", GOLDEN / "m3/base"], "is no HealthGPT checkpoint"),
+        (["ask", "-c", GOLDEN, "What?"], "is no HealthGPT checkpoint: it has no config.json"),
+        (["info", GOLDEN / "m3/base"], "is no HealthGPT checkpoint: its config.json is that of a phi3 model"),
+        (["ask", "-c", "DAMAGED", "What?"], "The weights of .* are damaged"),
+        (["draw", "-c", "FOLDER", "Draw.", "-o", "picture.psd"], "no ending of a picture format"),
+        (["draw", "-c", "FOLDER", "Draw.", "-o", "FOLDER"], "no ending of a picture format"),
+        (["draw", "-c", "FOLDER", "Draw.", "-o", "NAMED"], "is a folder: name the picture in it"),
     ],
 )
-def test_mistakes_are_answered_in_one_sentence(arguments, message, folder, checkpoints, tmp_path, monkeypatch, capsys):
-    names = {"FOLDER": folder, "L14": checkpoints("l14").folder}
+def test_mistakes_are_answered_in_one_sentence(
+    arguments, message, folder, checkpoints, tmp_path, tmp_path_factory, monkeypatch, capsys
+):
+    damaged, named = (tmp_path_factory.mktemp("other") / name for name in ("damaged", "folder.png"))
+    named.mkdir()
+    shutil.copytree(folder, damaged)
+    weights = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    names = {"FOLDER": folder, "L14": checkpoints("l14").folder, "DAMAGED": damaged, "NAMED": named}
     arguments = [names.get(argument, argument) if isinstance(argument, str) else argument for argument in arguments]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["healthgpt", *map(str, arguments)])
@@ -114,6 +127,7 @@ def test_a_mistake_leaves_no_traceback_and_help_needs_no_torch(tmp_path):
     result = healthgpt("ask", "-c", "nowhere", "What?")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "Error: nowhere is neither a folder nor a Hub repository, which is written user/name.\n"
+    assert healthgpt("--version").stdout == f"healthgpt {version('healthgpt')}\n"
     script = "import sys; from healthgpt.app import cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert result.stdout == "False False\n"

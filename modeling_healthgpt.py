@@ -81,8 +81,13 @@ def route(groups: list[TaskGroup]):
         _routing.groups = outer
 
 
-class PluginLinear(nn.Linear):
-    """A factor of a plugin. A class of its own, since quantisation replaces modules that are exactly `nn.Linear`."""
+class UnquantizedLinear(nn.Linear):
+    """
+    A linear that keeps its dtype when the model is quantised: that replaces modules that are exactly `nn.Linear`.
+
+    Plugins, projectors, heads and the vision tower are small or sensitive; only the language model's own linears stay
+    plain.
+    """
 
 
 class HLoRA(nn.Module):
@@ -92,9 +97,9 @@ class HLoRA(nn.Module):
         super().__init__()
         self.num_experts = task.num_experts
         self.scaling = task.alpha / task.rank * task.num_experts
-        self.lora_route = PluginLinear(in_features, task.num_experts, bias=False)
-        self.lora_A = PluginLinear(in_features, task.rank, bias=False)
-        self.lora_B = PluginLinear(task.rank, out_features, bias=False)
+        self.lora_route = UnquantizedLinear(in_features, task.num_experts, bias=False)
+        self.lora_A = UnquantizedLinear(in_features, task.rank, bias=False)
+        self.lora_B = UnquantizedLinear(task.rank, out_features, bias=False)
 
     def forward(self, hidden_states):
         weights = self.lora_route(hidden_states).softmax(dim=-1, dtype=torch.float32).to(hidden_states.dtype)
@@ -143,7 +148,9 @@ class HealthGPTProjector(nn.Sequential):
     """`mlp2x_gelu`: vision features (..., vision hidden) -> token embeddings (..., hidden), with the exact GELU."""
 
     def __init__(self, vision_hidden_size: int, hidden_size: int):
-        super().__init__(nn.Linear(vision_hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+        super().__init__(
+            UnquantizedLinear(vision_hidden_size, hidden_size), nn.GELU(), UnquantizedLinear(hidden_size, hidden_size)
+        )
 
 
 class HealthGPTPreTrainedModel(PreTrainedModel):
@@ -217,6 +224,9 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        for module in self.vision_tower.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = UnquantizedLinear
         self.projectors = nn.ModuleDict(
             {name: HealthGPTProjector(config.vision_config.hidden_size, hidden_size) for name in config.tasks}
         )
@@ -446,10 +456,10 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         super().__init__(config)
         self.model = HealthGPTModel(config)
         text_config = config.text_config
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.lm_head = UnquantizedLinear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.token_heads = nn.ModuleDict(
             {
-                name: nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+                name: UnquantizedLinear(text_config.hidden_size, text_config.vocab_size, bias=False)
                 for name in config.token_tables
             }
         )

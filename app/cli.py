@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 app = typer.Typer(
@@ -110,53 +110,87 @@ def draw(
 
 @app.command()
 def export(
-    base: Annotated[Path, typer.Option(help="Folder of the language model.")],
-    vision: Annotated[Path, typer.Option(help="Folder of the CLIP model.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
-    comprehension: Annotated[Path | None, typer.Option(help="com_hlora_weights.bin or its like.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="m3, l14 or xl32: takes from the Hub what is not given here.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Folder or Hub repository of the language model.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Folder or Hub repository of the CLIP model.")] = None,
+    comprehension: Annotated[
+        str | None, typer.Option(help="com_hlora_weights.bin or its like; a path or hf://user/name/file.")
+    ] = None,
     comprehension_alpha: Annotated[float | None, typer.Option(help="Its alpha; by default twice its rank.")] = None,
-    generation: Annotated[Path | None, typer.Option(help="gen_hlora_weights.bin or its like.")] = None,
+    generation: Annotated[str | None, typer.Option(help="gen_hlora_weights.bin or its like.")] = None,
     generation_alpha: Annotated[float | None, typer.Option(help="Its alpha; by default twice its rank.")] = None,
-    fusion: Annotated[Path | None, typer.Option(help="fusion_layer_weights.bin.")] = None,
-    vqgan: Annotated[Path | None, typer.Option(help="last.ckpt of the VQGAN.")] = None,
-    vqgan_config: Annotated[Path | None, typer.Option(help="model.yaml of the VQGAN.")] = None,
+    fusion: Annotated[str | None, typer.Option(help="fusion_layer_weights.bin.")] = None,
+    vqgan: Annotated[str | None, typer.Option(help="last.ckpt of the VQGAN.")] = None,
+    vqgan_config: Annotated[str | None, typer.Option(help="model.yaml of the VQGAN.")] = None,
     num_codes: Annotated[
         int | None, typer.Option(help="Image codes in the vocabulary when no VQGAN tells; 8192 as published.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the base's.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="4bit or 8bit: writes a bitsandbytes checkpoint.")] = None,
+    skip_forward: Annotated[
+        bool, typer.Option("--skip-forward", help="Do not run every task once at the end.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Repository user/name to upload the result to.")] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public; by default private.")
+    ] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request on the repository.")] = False,
 ) -> None:
     """
     Merges the published files into one checkpoint that from_pretrained loads.
 
+    What an interrupted export has finished is kept beside the output, and the same command goes on from there.
+
     Example: healthgpt export --base Phi-3-mini-4k-instruct --vision clip-vit-large-patch14-336
     --comprehension com_hlora_weights.bin --output HealthGPT-M3
     """
-    from ..hub_export import ExportSources
+    from ..hub_export import ExportSources, push
     from ..hub_export import export as run
-    from ..hub_export.merge import build_plan
+    from ..hub_export.hub import fetch
+    from ..hub_export.plan import build_plan
+    from ..hub_export.presets import PRESETS
 
-    sources = ExportSources(
-        base=base,
-        vision=vision,
-        comprehension=comprehension,
-        comprehension_alpha=comprehension_alpha,
-        generation=generation,
-        generation_alpha=generation_alpha,
-        fusion=fusion,
-        vqgan=vqgan,
-        vqgan_config=vqgan_config,
-        num_codes=num_codes,
-    )
+    named = {
+        "base": base,
+        "vision": vision,
+        "comprehension": comprehension,
+        "comprehension_alpha": comprehension_alpha,
+        "generation": generation,
+        "generation_alpha": generation_alpha,
+        "fusion": fusion,
+        "vqgan": vqgan,
+        "vqgan_config": vqgan_config,
+        "num_codes": num_codes,
+    }
+    named = {name: value for name, value in named.items() if value is not None}
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+        named = PRESETS[preset].sources | named
+    missing = [f"--{name}" for name in ("base", "vision") if name not in named]
+    if missing:
+        raise ValueError(f"The export needs {' and '.join(missing)}, or a --preset that names them.")
+    sources = ExportSources(**named)
     if dry_run:
-        print_plan(build_plan(sources, dtype))
+        print_plan(build_plan(fetch(sources), dtype))
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        run(sources, output, dtype, progress=lambda transfers: progress.track(transfers, description="Tensors"))
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+
+        def progress(stage, total):
+            bar = bars.add_task(stage, total=total)
+            return lambda nbytes: bars.advance(bar, nbytes)
+
+        run(sources, output, dtype, quantize, skip_forward, push_to_hub, preset, progress)
     typer.echo(f"{output}")
+    if push_to_hub is not None:
+        typer.echo(push(output, push_to_hub, public, create_pr))
 
 
 @app.command()
@@ -298,17 +332,21 @@ def part_of(name: str) -> str:
 
 
 def print_plan(plan) -> None:
-    """Every source tensor with its target or the reason why it is dropped, then the sizes."""
+    """Every source tensor with its rule, its target or the reason why it is dropped, and sizes; then the parts."""
     for transfer in plan.transfers:
-        typer.echo(f"{transfer.tensor.origin.name}: {transfer.name} -> {transfer.target} {list(transfer.shape)}")
+        typer.echo(
+            f"{transfer.tensor.origin.name}: {transfer.name} {list(transfer.tensor.shape)} -> {transfer.target} "
+            f"{list(transfer.shape)}, {plan.nbytes(transfer):,} bytes"
+        )
     for name, tensor, reason in plan.dropped:
-        typer.echo(f"{tensor.origin.name}: {name} dropped: {reason}")
+        typer.echo(f"{tensor.origin.name}: {name} {list(tensor.shape)} dropped: {reason}")
+    table = Table("part", "parameters", "bytes", title="Parameters")
     parts = count_parameters(plan.config)
-    for name, count in parts.items():
-        typer.echo(f"{name}: {count:,} parameters")
-    total = sum(parts.values()) * plan.config.dtype.itemsize
+    for name, count in {**parts, "total": sum(parts.values())}.items():
+        table.add_row(name, f"{count:,}", f"{count * plan.config.dtype.itemsize:,}")
+    Console().print(table)
     tasks = ", ".join(f"{name} ({task.kind})" for name, task in plan.config.tasks.items())
-    typer.echo(f"total: {total / 1e9:.3f} GB as {plan.config.dtype}; tasks: {tasks}")
+    typer.echo(f"{plan.total_bytes / 1e9:.3f} GB of weights as {plan.config.dtype}; tasks: {tasks}")
 
 
 def main() -> None:
@@ -319,3 +357,6 @@ def main() -> None:
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted.", err=True)
+        sys.exit(130)

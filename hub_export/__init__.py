@@ -1,6 +1,8 @@
-"""Published HealthGPT files -> one merged checkpoint."""
+"""Published HealthGPT files -> one merged checkpoint -> the Hub."""
 
-from .merge import ExportSources, export
+from .hub import push
+from .merge import export
+from .plan import ExportSources
 from .sources import CheckpointError
 
-__all__ = ["CheckpointError", "ExportSources", "export"]
+__all__ = ["CheckpointError", "ExportSources", "export", "push"]

@@ -1,31 +1,35 @@
 """
 Published HealthGPT files -> one merged checkpoint that `from_pretrained` loads.
 
-    base, vision tower, plugins, fusion layer, VQGAN --rules--> plan --> safetensors shards
-    their configurations ------------------------------------> config, tokenizer, processor, custom code
+    plan --write--> .NAME.partial/ --verify, forward--> --rename--> NAME/
 
-The plan is made and checked whole before the first byte is written, in a temporary folder that is renamed at the end.
+Everything happens in a partial folder beside the output, which gets its name at the very end: a kill leaves nothing or the
+finished folder. The same export started again goes on from the weight files that were finished.
 """
 
+import hashlib
 import json
 import math
+import platform
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
+import filelock
+import psutil
 import torch
-import yaml
-from safetensors.torch import save_file
-from transformers import AutoConfig, GenerationConfig
+import transformers
+from PIL import Image
 
-from ..configuration_healthgpt import HealthGPTConfig, HealthGPTVQGANConfig, TaskConfig
+from .. import __version__
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
-from ..processing_healthgpt import CLIPImageProcessorPil, HealthGPTProcessor
-from . import rules
-from .families import Family, add_image_placeholder, add_image_tokens, build_tokenizer, family_of, read_json
-from .sources import CheckpointError, LazyTensor, read_directory, read_file, reading
+from .card import build_card
+from .hub import fetch
+from .plan import ExportSources, Plan, build_plan
+from .quantize import quantize_checkpoint, require_bitsandbytes
+from .sources import CheckpointError, check_archive
+from .write import Advance, split_into_shards, verify_shard, write_index, write_shard
 
 HUB_FILES = (
     "configuration_healthgpt.py",
@@ -34,433 +38,199 @@ HUB_FILES = (
     "processing_healthgpt.py",
     "vqgan_decoder.py",
 )
-AUTO_MAP = {
-    "AutoConfig": "configuration_healthgpt.HealthGPTConfig",
-    "AutoModel": "modeling_healthgpt.HealthGPTForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_healthgpt.HealthGPTForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_healthgpt.HealthGPTForConditionalGeneration",
-}
-CUSTOM_PIPELINES = {
-    "any-to-any": {
-        "impl": "pipeline_healthgpt.HealthGPTPipeline",
-        "pt": ["AutoModelForMultimodalLM"],
-        "type": "multimodal",
-    }
-}
-PUBLISHED_NUM_CODES = 8192
-MAX_SHARD_BYTES = 5 * 10**9
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RECORD_NAME = "healthgpt_export.json"
+SPACE_BESIDE_WEIGHTS = 50 * 10**6  # tokenizer, configuration, code
 
 
-@dataclass
-class ExportSources:
+def no_progress(stage: str, total: int) -> Advance:
+    return lambda nbytes: None
+
+
+def export(
+    sources: ExportSources,
+    output: str | Path,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    skip_forward: bool = False,
+    name: str | None = None,
+    preset: str | None = None,
+    progress: Callable[[str, int], Advance] = no_progress,
+) -> Plan:
     """
-    The published files of one checkpoint.
-
-    Args:
-        base (`Path`): Directory of the language model.
-        vision (`Path`): Directory of the CLIP model.
-        comprehension, generation (`Path`, *optional*): The plugins; at least one is needed.
-        comprehension_alpha, generation_alpha (`float`, *optional*, defaults to twice the rank): H-LoRA alphas.
-        fusion (`Path`, *optional*): Token tables of the generation task; without it that task uses the base's.
-        vqgan, vqgan_config (`Path`, *optional*): `last.ckpt` and `model.yaml`; needed to draw.
-        num_codes (`int`, *optional*): Image codes in the vocabulary when there is no VQGAN to tell; by default the
-            published 8192.
-    """
-
-    base: Path
-    vision: Path
-    comprehension: Path | None = None
-    comprehension_alpha: float | None = None
-    generation: Path | None = None
-    generation_alpha: float | None = None
-    fusion: Path | None = None
-    vqgan: Path | None = None
-    vqgan_config: Path | None = None
-    num_codes: int | None = None
-
-    def __post_init__(self):
-        if self.comprehension is None and self.generation is None:
-            raise CheckpointError("There is no plugin to export: give a comprehension or a generation file.")
-        if (self.vqgan is None) != (self.vqgan_config is None):
-            raise CheckpointError("A VQGAN is two files: its weights and its model.yaml; only one was given.")
-        if self.generation is not None and self.vqgan is None:
-            raise CheckpointError("The generation plugin writes codes that only a VQGAN can draw: give its two files.")
-        if self.fusion is not None and self.generation is None:
-            raise CheckpointError(
-                "The fusion layer holds the generation task's token tables: give the generation file."
-            )
-        if self.num_codes is not None and self.vqgan is not None:
-            raise CheckpointError("The number of codes follows from the VQGAN: give only one of the two.")
-        if self.num_codes is not None and self.num_codes < 1:
-            raise CheckpointError(f"The number of codes must be positive, got {self.num_codes}.")
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """One tensor of the checkpoint: where it comes from and what happens on the way."""
-
-    target: str
-    name: str
-    tensor: LazyTensor
-    rows: tuple[int, int] | None = None  # (rows kept, rows after the mean rows are appended)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape if self.rows is None else (self.rows[1], *self.tensor.shape[1:])
-
-    def load(self, dtype: torch.dtype) -> torch.Tensor:
-        """
-        The tensor as it is written.
-
-        Raises:
-            CheckpointError: if it has values that are no finite numbers, here or after the conversion.
-        """
-        value = self.tensor.load()
-        if not torch.isfinite(value).all():
-            raise CheckpointError(f"{self.name} in {self.tensor.origin} has values that are NaN or infinite.")
-        if self.rows is not None:
-            kept, total = self.rows
-            value = value[:kept]
-            mean = value.mean(dim=0, keepdim=True, dtype=torch.float32).to(value.dtype)
-            value = torch.cat([value, mean.expand(total - kept, -1)])
-        value = value.to(dtype)
-        if not torch.isfinite(value).all():
-            raise CheckpointError(f"{self.name} in {self.tensor.origin} has values too large for {dtype}.")
-        return value.contiguous()
-
-
-@dataclass
-class Plan:
-    """Everything an export will write: configuration, processor and the way of every tensor."""
-
-    config: HealthGPTConfig
-    processor: HealthGPTProcessor
-    generation_config: GenerationConfig
-    transfers: list[Transfer] = field(default_factory=list)
-    dropped: list[tuple[str, LazyTensor, str]] = field(default_factory=list)  # source name, tensor, reason
-
-
-def export(sources: ExportSources, output: str | Path, dtype: str | None = None, progress: Callable = iter) -> Plan:
-    """
-    Writes one merged checkpoint.
+    Writes one merged checkpoint, reads it back and compares every tensor with its source.
 
     Args:
         sources (`ExportSources`): The published files.
-        output (`str` or `Path`): Folder to make; it may exist if it is empty.
+        output (`str` or `Path`): Folder to make, in a folder that exists. It may exist if it is empty, or if it is the
+            result of this very export.
         dtype (`str`, *optional*, defaults to the base's): `"float32"`, `"bfloat16"` or `"float16"`.
-        progress (`Callable`, *optional*): Wraps the list of tensors while they are written.
+        quantize (`str`, *optional*): `"4bit"` or `"8bit"` to write a bitsandbytes checkpoint.
+        skip_forward (`bool`, defaults to `False`): Whether to leave out the forward pass of every task that ends the
+            checks. It takes as much memory as the model, and is left out too where there is not so much.
+        name (`str`, *optional*, defaults to the folder's): What the model card calls the checkpoint: the repository to
+            which it will be pushed.
+        preset (`str`, *optional*): Which published model this is (a key of `PRESETS`), for the model card.
+        progress (`Callable`, *optional*): Called with a stage's name and its number of bytes; returns what is called
+            with the number of bytes that were done since the last call.
 
     Returns:
         `Plan`: What was written.
 
     Raises:
-        CheckpointError: if a source cannot be used; then nothing is left behind.
-        FileExistsError: if the output folder is not empty.
+        CheckpointError: if a source cannot be used or the disk is too small; then nothing is left behind.
+        FileExistsError: if the output folder has something else in it.
         FileNotFoundError: if the folder around it does not exist.
     """
     output = Path(output).resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not an empty folder.")
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"There is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"The folder {output.parent}, in which {output.name} is to be made, does not exist.")
-    plan = build_plan(sources, dtype)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    if quantize is not None:
+        require_bitsandbytes(quantize)
+    is_full = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if is_full and not (output / RECORD_NAME).is_file():
+        raise FileExistsError(f"{output} exists and is not an empty folder.")
+    local = fetch(sources)
+    plan = build_plan(local, dtype)
+    fingerprint = fingerprint_of(plan, local, quantize, name or output.name, preset)
+    if is_full:
+        if read_fingerprint(output) != fingerprint:
+            raise FileExistsError(f"{output} exists and is not an empty folder: it holds another export.")
+        return plan
+
+    partial = output.parent / f".{output.name}.partial"
+    partial.mkdir(exist_ok=True)
+    lock = filelock.FileLock(partial / ".lock")
     try:
-        write_tensors(plan, temporary, progress)
-        write_files(plan, temporary)
-        temporary.chmod(0o755)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise CheckpointError(f"Another export to {output} is under way.") from None
+    try:
+        record = fill(partial, plan, fingerprint, quantize, progress)
+        (partial / "README.md").write_text(
+            build_card(plan, sources, record, name or output.name, preset), encoding="utf-8"
+        )
+        if not skip_forward:
+            check_forward(plan, partial)
+        (partial / ".lock").unlink()
         if output.exists():
             output.rmdir()
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary)
+        partial.rename(output)
+    except OSError as error:
+        shutil.rmtree(partial)
+        raise CheckpointError(f"{output} could not be written, and nothing was kept: {error}.") from error
+    except Exception:
+        shutil.rmtree(partial)
         raise
+    finally:
+        lock.release()
     return plan
 
 
-def build_plan(sources: ExportSources, dtype: str | None = None) -> Plan:
-    """
-    Decides where every tensor goes, from configurations and tensor headers alone.
-
-    Args and errors are those of [`export`].
-    """
-    base, vision = Path(sources.base), Path(sources.vision)
-    family = family_of(base)
-    plugins = {
-        name: read_file(path)
-        for name, path in (("comprehension", sources.comprehension), ("generation", sources.generation))
-        if path is not None
-    }
-    vqgan_config = None if sources.vqgan_config is None else read_vqgan_config(Path(sources.vqgan_config))
-
-    tokenizer = build_tokenizer(base)
-    base_rows = len(tokenizer)
-    base_tensors = read_directory(base)
-    text_config = read_text_config(base)
-    adds_tokens = family.always_adds_image_tokens or "generation" in plugins
-    image_start_token_id = image_code_offset = None
-    if adds_tokens:
-        num_codes = vqgan_config.num_codes if vqgan_config is not None else sources.num_codes or PUBLISHED_NUM_CODES
-        image_start_token_id, image_code_offset = base_rows, base_rows + 1
-        add_image_tokens(tokenizer, num_codes)
-        table_rows = len(tokenizer)
-        text_config.vocab_size = table_rows
-    image_token_id = add_image_placeholder(tokenizer)
-
-    vision_config = read_vision_config(vision)
-    alphas = {"comprehension": sources.comprehension_alpha, "generation": sources.generation_alpha}
-    tasks = {name: task_config(name, tensors, alphas[name]) for name, tensors in plugins.items()}
-    if sources.fusion is not None:
-        tasks["generation"].token_tables = "generation"
-    config = HealthGPTConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        vqgan_config=vqgan_config,
-        tasks=tasks,
-        image_token_id=image_token_id,
-        image_start_token_id=image_start_token_id,
-        image_code_offset=image_code_offset,
-        architectures=["HealthGPTForConditionalGeneration"],
-    )
-    config.auto_map = AUTO_MAP
-    config.custom_pipelines = CUSTOM_PIPELINES
-
-    plan = Plan(
-        config=config,
-        processor=build_processor(family, tokenizer, vision, config),
-        generation_config=build_generation_config(base, config),
-    )
-    if config.tie_word_embeddings:
-        drop_tied_head(plan, base_tensors)
-    resize = (base_rows, config.text_config.vocab_size) if adds_tokens else None
-    tables = {"model.embed_tokens.weight": resize, "lm_head.weight": resize}
-    add_transfers(plan, base_tensors, rules.BASE, base, rows=tables)
-    add_transfers(plan, read_directory(vision), rules.VISION, vision)
-    for name, tensors in plugins.items():
-        add_transfers(plan, tensors, rules.plugin(name), getattr(sources, name))
-    if sources.fusion is not None:
-        add_transfers(plan, read_file(sources.fusion), rules.fusion("generation"), sources.fusion)
-    if sources.vqgan is not None:
-        add_transfers(plan, read_file(sources.vqgan), rules.VQGAN, sources.vqgan)
-    check_targets(plan)
-    config.dtype = DTYPES[dtype] if dtype is not None else base_tensors["model.embed_tokens.weight"].dtype
-    return plan
-
-
-def add_transfers(plan: Plan, tensors: dict[str, LazyTensor], table: list[rules.Rule], origin, rows=None) -> None:
-    """Adds one source to the plan, tensor by tensor, each by the rule that covers it."""
-    unknown = []
-    for name, tensor in tensors.items():
-        rule = rules.apply(table, name)
-        if rule is None:
-            unknown.append(name)
-        elif rule.target is None:
-            plan.dropped.append((name, tensor, rule.reason))
-        elif not tensor.dtype.is_floating_point:
-            raise CheckpointError(f"{name} in {tensor.origin} holds {tensor.dtype} instead of floating point numbers.")
+def fill(partial, plan, fingerprint, quantize, progress) -> dict:
+    """Makes the checkpoint in the partial folder, from whatever an earlier run left there, and returns its record."""
+    if read_fingerprint(partial) != fingerprint:
+        clear(partial)
+        write_record(partial, {"fingerprint": fingerprint})
+    merged = partial if quantize is None else partial / "merged"
+    merged.mkdir(exist_ok=True)
+    require_space(plan, merged, quantize)
+    checksums = check_sources(plan, progress)
+    shards = split_into_shards(plan)
+    advance = progress("Writing", plan.total_bytes)
+    for shard, transfers in shards.items():
+        if (merged / shard).exists():
+            advance(sum(map(plan.nbytes, transfers)))
         else:
-            plan.transfers.append(Transfer(rule.target, name, tensor, (rows or {}).get(name)))
-    if unknown:
-        raise CheckpointError(f"{origin} has {list_names(unknown)} that no rule covers.")
+            write_shard(plan, transfers, merged / shard, advance)
+    write_index(plan, shards, merged)
+    advance = progress("Verifying", plan.total_bytes)
+    for shard, transfers in shards.items():
+        verify_shard(plan, transfers, merged / shard, advance)
+
+    write_files(plan, partial)
+    if quantize is not None:
+        plan.config.save_pretrained(merged)
+        quantize_checkpoint(merged, partial, quantize, plan.config.dtype)
+    record = {"fingerprint": fingerprint, "quantize": quantize, "sources": checksums, "versions": versions()}
+    write_record(partial, record)
+    return record
 
 
-def drop_tied_head(plan: Plan, base_tensors: dict[str, LazyTensor]) -> None:
-    """A base whose configuration ties its head to the embeddings may store both, if they are the same."""
-    head = base_tensors.pop("lm_head.weight", None)
-    if head is None:
-        return
-    if not torch.equal(head.load(), base_tensors["model.embed_tokens.weight"].load()):
-        raise CheckpointError(
-            f"lm_head.weight in {head.origin} differs from the embeddings, to which the base's config.json ties it."
-        )
-    plan.dropped.append(("lm_head.weight", head, "the same as the embeddings, to which it is tied"))
+def fingerprint_of(plan: Plan, sources: ExportSources, *options: str | None) -> str:
+    """A hash that two exports share if they write the same from the same files."""
+    files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in plan.origins}
+    content = {
+        "version": __version__,
+        "files": files,
+        "names": {name: str(value) for name, value in asdict(sources).items()},
+        "config": plan.config.to_dict(),
+        "transfers": [(transfer.target, transfer.origin, transfer.rows) for transfer in plan.transfers],
+        "options": options,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def check_targets(plan: Plan) -> None:
-    """Every tensor of the model must be filled, once, in its shape, and nothing else."""
-    with reading("The configuration of the base, the vision tower or the VQGAN"), torch.device("meta"):
-        model = HealthGPTForConditionalGeneration(plan.config)
-    expected = {checkpoint_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
-    if plan.config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-    found = {transfer.target: transfer for transfer in plan.transfers}
-    extra = [transfer for name, transfer in found.items() if name not in expected]
-    if extra:
-        names = list_names([transfer.name for transfer in extra])
-        raise CheckpointError(
-            f"{extra[0].tensor.origin} has {names} that a model of this configuration has no place for."
-        )
-    missing = [name for name in expected if name not in found]
-    if missing:
-        raise CheckpointError(f"The sources lack {list_names(missing)} of the checkpoint.")
-    for name, shape in expected.items():
-        transfer = found[name]
-        if transfer.rows is not None and transfer.tensor.shape[0] < transfer.rows[0]:
-            raise CheckpointError(
-                f"{transfer.name} in {transfer.tensor.origin} has {transfer.tensor.shape[0]} rows, but the tokenizer has "
-                f"{transfer.rows[0]} tokens."
-            )
-        if transfer.shape != shape:
-            raise CheckpointError(
-                f"{transfer.name} in {transfer.tensor.origin} has the shape {list(transfer.shape)}, but the checkpoint needs "
-                f"{list(shape)}: the files do not belong together."
-            )
+def read_fingerprint(folder: Path) -> str | None:
+    record = folder / RECORD_NAME
+    return json.loads(record.read_text()).get("fingerprint") if record.is_file() else None
 
 
-def checkpoint_name(name: str) -> str:
-    """The stored name of a parameter: CLIP's in the layout that every transformers version reads."""
-    prefix = "model.vision_tower."
-    if name.startswith(prefix) and not name.startswith(prefix + "vision_model."):
-        return prefix + "vision_model." + name.removeprefix(prefix)
-    return name
+def write_record(folder: Path, record: dict) -> None:
+    unfinished = folder / f"{RECORD_NAME}.unfinished"
+    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished.rename(folder / RECORD_NAME)
 
 
-def list_names(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{more})"
+def clear(folder: Path) -> None:
+    """Empties a partial folder but for its lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
 
 
-def task_config(name: str, tensors: dict[str, LazyTensor], alpha: float | None) -> TaskConfig:
-    """Settings of a plugin, rank and number of experts from the shapes of its tensors."""
-    sizes = {}
-    for factor in ("lora_A", "lora_route"):
-        shapes = {
-            tensor.shape[0] for key, tensor in tensors.items() if f".{factor}." in key and len(tensor.shape) == 2
-        }
-        origin = next(iter(tensors.values())).origin if tensors else f"The {name} plugin"
-        if len(shapes) != 1:
-            raise CheckpointError(
-                f"{origin} is no H-LoRA plugin: its {factor} tensors have {sorted(shapes) or 'no'} rows."
-            )
-        sizes[factor] = shapes.pop()
-    rank, num_experts = sizes["lora_A"], sizes["lora_route"]
-    alpha = 2 * rank if alpha is None else alpha
-    if not math.isfinite(alpha) or alpha <= 0:
-        raise CheckpointError(f"The alpha of the {name} plugin must be a positive number, got {alpha}.")
-    try:
-        if name == "comprehension":
-            return TaskConfig("text", rank, alpha, num_experts, vision_layer=-2)
-        return TaskConfig("image", rank, alpha, num_experts, vision_layer=1, default_prompt="Reconstruct the image.")
-    except ValueError as error:
-        raise CheckpointError(f"{origin} cannot be used: {error}") from error
+def require_space(plan: Plan, folder: Path, quantize: str | None) -> None:
+    """
+    Raises:
+        CheckpointError: if the disk cannot take what is still to be written.
+    """
+    there = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
+    needed = plan.total_bytes - there + SPACE_BESIDE_WEIGHTS
+    if quantize is not None:  # the merged checkpoint and the quantised one are there at once
+        needed += plan.total_bytes
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(f"The disk has {free / 1e9:.2f} GB free, but the export needs {needed / 1e9:.2f} GB.")
 
 
-def read_text_config(base: Path):
-    """The language model's configuration, in today's terms."""
-    settings = read_json(base / "config.json")
-    for key in ("auto_map", "architectures", "_name_or_path", "transformers_version", "torch_dtype"):
-        settings.pop(key, None)
-    with reading(base / "config.json"):
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    if config.sliding_window is not None:
-        # transformers 4.41, which the weights were published with, lets a token see `sliding_window` tokens before
-        # itself; transformers 5 counts the token among them.
-        config.sliding_window += 1
-    return config
+def check_sources(plan: Plan, progress: Callable[[str, int], Advance]) -> list[dict]:
+    """Reads every source file whole: the checksums inside PyTorch files, and its SHA-256 for the record."""
+    advance = progress("Checking", sum(path.stat().st_size for path in plan.origins))
+    records = []
+    for path in plan.origins:
+        check_archive(path)
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+                advance(len(block))
+        sha256 = digest.hexdigest()
+        # Files of the Hub's cache are links to blobs, which for large files are named by their SHA-256.
+        promised = path.resolve().name
+        if len(promised) == 64 and promised != sha256:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is {sha256}, but the Hub has {promised}.")
+        records.append({"file": path.name, "bytes": path.stat().st_size, "sha256": sha256})
+    return records
 
 
-def read_vision_config(vision: Path):
-    settings = read_json(vision / "config.json")
-    settings = settings.get("vision_config", settings)
-    with reading(vision / "config.json"):
-        settings = {k: value for k, value in settings.items() if k not in ("torch_dtype", "transformers_version")}
-        if settings.pop("model_type", None) != "clip_vision_model":
-            raise CheckpointError(f"{vision / 'config.json'} is not the configuration of a CLIP model.")
-        return AutoConfig.for_model("clip_vision_model", **settings)
-
-
-def read_vqgan_config(path: Path) -> HealthGPTVQGANConfig:
-    """The VQGAN's shape from a taming-transformers `model.yaml`."""
-    with reading(path):
-        params = yaml.safe_load(path.read_text())["model"]["params"]
-        shape = params["ddconfig"]
-        return HealthGPTVQGANConfig(
-            num_codes=params["n_embed"],
-            embed_dim=params["embed_dim"],
-            latent_channels=shape["z_channels"],
-            resolution=shape["resolution"],
-            in_channels=shape["in_channels"],
-            out_channels=shape["out_ch"],
-            base_channels=shape["ch"],
-            channel_multipliers=shape["ch_mult"],
-            num_res_blocks=shape["num_res_blocks"],
-            attention_resolutions=shape["attn_resolutions"],
-        )
-
-
-def build_processor(family: Family, tokenizer, vision: Path, config: HealthGPTConfig) -> HealthGPTProcessor:
-    settings = read_json(vision / "preprocessor_config.json")
-    keys = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
-    keys += ("do_normalize", "image_mean", "image_std", "do_convert_rgb")
-    with reading(vision / "preprocessor_config.json"):
-        image_processor = CLIPImageProcessorPil(**{key: settings[key] for key in keys if key in settings})
-        crop_size = image_processor.crop_size["height"]
-    if crop_size != config.vision_config.image_size:
-        raise CheckpointError(
-            f"{vision / 'preprocessor_config.json'} makes pictures of {crop_size} pixels, but the "
-            f"vision tower reads {config.vision_config.image_size}."
-        )
-    processor = HealthGPTProcessor(
-        image_processor,
-        tokenizer,
-        chat_template=family.chat_template,
-        tasks={
-            name: {"kind": task.kind, "default_prompt": task.default_prompt} for name, task in config.tasks.items()
-        },
-        num_image_patches=config.num_image_patches,
-        prefix_space=family.prefix_space,
-        picture_size=None if config.vqgan_config is None else config.vqgan_config.resolution,
-    )
-    processor.auto_map = {"AutoProcessor": "processing_healthgpt.HealthGPTProcessor"}
-    return processor
-
-
-def build_generation_config(base: Path, config: HealthGPTConfig) -> GenerationConfig:
-    """Greedy decoding up to the published 1024 tokens, with the base's special tokens."""
-    path = base / "generation_config.json"
-    settings = read_json(path) if path.is_file() else read_json(base / "config.json")
-    tokens = {key: settings.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if tokens["pad_token_id"] is None:
-        tokens["pad_token_id"] = config.text_config.pad_token_id
-    with reading(path):
-        return GenerationConfig(**tokens, do_sample=False, max_new_tokens=1024)
-
-
-def write_tensors(plan: Plan, folder: Path, progress: Callable) -> None:
-    """Writes the tensors as safetensors, in shards of at most 5 GB."""
-    shards = list(split_into_shards(plan))
-    names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    placed = [(name, transfer) for name, shard in zip(names, shards, strict=True) for transfer in shard]
-    tensors, total = {}, 0
-    for index, (name, transfer) in enumerate(progress(placed)):
-        tensors[transfer.target] = transfer.load(plan.config.dtype)
-        if index + 1 == len(placed) or placed[index + 1][0] != name:
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-            (folder / name).chmod(0o644)
-            total += sum(tensor.nbytes for tensor in tensors.values())
-            tensors = {}
-    if len(shards) > 1:
-        weight_map = {transfer.target: name for name, transfer in placed}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def split_into_shards(plan: Plan) -> Iterator[list[Transfer]]:
-    shard, size = [], 0
-    for transfer in plan.transfers:
-        nbytes = math.prod(transfer.shape) * plan.config.dtype.itemsize
-        if shard and size + nbytes > MAX_SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard.append(transfer)
-        size += nbytes
-    yield shard
+def versions() -> dict[str, str]:
+    return {
+        "healthgpt": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def write_files(plan: Plan, folder: Path) -> None:
@@ -470,3 +240,31 @@ def write_files(plan: Plan, folder: Path) -> None:
     plan.generation_config.save_pretrained(folder)
     for name in HUB_FILES:
         shutil.copyfile(Path(__file__).parent.parent / name, folder / name)
+
+
+def check_forward(plan: Plan, folder: Path) -> None:
+    """
+    Loads the checkpoint and runs every task once on a picture and a word, if memory allows.
+
+    Raises:
+        CheckpointError: if a logit is not finite.
+    """
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if psutil.virtual_memory().available < 1.2 * size:
+        return
+    model = HealthGPTForConditionalGeneration.from_pretrained(folder)
+    picture = Image.new("RGB", (64, 48), (90, 120, 150))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
+    for task in plan.config.tasks:
+        inputs = plan.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            task=task,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            logits = model(**inputs.to(model.device), task=task).logits
+        if not math.isfinite(logits.abs().max()):
+            raise CheckpointError(f"The logits of task {task!r} are not finite in {plan.config.dtype}.")

@@ -6,8 +6,9 @@ nothing else; what a Lightning checkpoint names besides becomes an inert placeho
 """
 
 import json
+import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,27 @@ def reading(origin: str | Path):
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when `load` is called. `origin` is the file it lies in."""
+    """
+    A tensor of a file, read in pieces.
+
+    Args:
+        origin (`Path`): The file.
+        shape, dtype: As in the file.
+        rows (`Callable`): Reads the rows from its first argument up to its second. The file is mapped anew for every
+            call, so that what was read before takes no memory.
+    """
 
     origin: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
-    load: Callable[[], torch.Tensor]
+    rows: Callable[[int, int], torch.Tensor]
+
+    def pieces(self, nbytes: int, stop: int | None = None) -> Iterator[torch.Tensor]:
+        """The rows up to `stop` (by default all), in pieces of about `nbytes`."""
+        stop = self.shape[0] if stop is None else stop
+        step = max(1, nbytes // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
+        for start in range(0, stop, step):
+            yield self.rows(start, min(start + step, stop))
 
 
 class Placeholder:
@@ -91,12 +107,12 @@ def read_file(path: str | Path) -> dict[str, LazyTensor]:
 
 
 def _read_safetensors(path):
-    def loader(key):
-        def load():
+    def reader(key):
+        def rows(start, stop):
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(key)
+                return file.get_slice(key)[start:stop]
 
-        return load
+        return rows
 
     try:
         with safe_open(path, framework="pt") as file:
@@ -104,7 +120,7 @@ def _read_safetensors(path):
             for key in file.keys():
                 part = file.get_slice(key)
                 dtype = file.get_tensor(key).dtype if not part.get_shape() else part[:0].dtype
-                tensors[key] = LazyTensor(path, tuple(part.get_shape()), dtype, loader(key))
+                tensors[key] = LazyTensor(path, tuple(part.get_shape()), dtype, reader(key))
             return tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
@@ -116,23 +132,45 @@ def _read_pickle(path):
             f"{path} is no PyTorch file: it is not the zip archive that torch.save writes, or cut off."
         )
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"its part {damaged} does not have the checksum that was stored with it")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         placeholders = [(type("Placeholder", (Placeholder,), {}), name) for name in names]
-        with torch.serialization.safe_globals(placeholders):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state_dict = _load_pickle(path, placeholders)
     except Exception as error:  # zipfile and torch raise a dozen types for damaged files, down to AssertionError
         lines = str(error).split("\n")
         reason = next((line for line in lines if "WeightsUnpickler error" in line or "GLOBAL" in line), lines[-1])
-        reason = reason.split(" Please use")[0].strip() or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from error
-    state_dict = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        reason = reason.split(" Please use")[0].strip().rstrip(".") or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {reason}.") from error
+    if not isinstance(state_dict, dict) or not all(map(_is_plain, state_dict.values())):
         raise CheckpointError(f"{path} holds something else than tensors by name.")
+
+    def reader(key):
+        return lambda start, stop: _load_pickle(path, placeholders)[key][start:stop]
+
     return {
-        key: LazyTensor(path, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
-        for key, tensor in state_dict.items()
+        key: LazyTensor(path, tuple(tensor.shape), tensor.dtype, reader(key)) for key, tensor in state_dict.items()
     }
+
+
+def _is_plain(value):
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _load_pickle(path, placeholders):
+    with torch.serialization.safe_globals(placeholders):
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return content.get("state_dict", content) if isinstance(content, dict) else content
+
+
+def check_archive(path: Path) -> None:
+    """
+    Reads a PyTorch file whole and compares it with the checksums that lie in it; safetensors have none.
+
+    Raises:
+        CheckpointError: if a part is damaged.
+    """
+    if path.suffix == ".safetensors":
+        return
+    with reading(path), zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged: its part {damaged} does not have the checksum stored with it.")

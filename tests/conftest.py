@@ -94,6 +94,13 @@ def m3(checkpoints):
     return checkpoint, model, processor
 
 
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whatever files they lie in."""
+    return {
+        name: tensor for path in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(path).items()
+    }
+
+
 def messages_of(case):
     pictures = [{"type": "image", "image": picture} for picture in pictures_of(case)]
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": case["question"]}]}]

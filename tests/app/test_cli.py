@@ -41,13 +41,13 @@ def test_export_info_ask_and_draw(tmp_path, checkpoints):
     arguments += ["--vqgan", m3 / "vqgan/last.ckpt", "--vqgan-config", m3 / "vqgan/model.yaml", "--output", folder]
     dry = healthgpt(*arguments, "--dry-run")
     assert dry.returncode == 0 and not folder.exists()
-    assert "lm_head.weight -> lm_head.weight [538, 64]" in dry.stdout
-    assert "logit_scale dropped: CLIP's contrastive head is not used" in dry.stdout
+    assert "lm_head.weight [484, 64] -> lm_head.weight [538, 64], 137,728 bytes" in dry.stdout
+    assert "logit_scale [] dropped: CLIP's contrastive head is not used" in dry.stdout
     assert "tasks: comprehension (text), generation (image)" in dry.stdout
     result = healthgpt(*arguments)
     assert result.returncode == 0, result.stderr
-    again = healthgpt(*arguments)
-    assert again.returncode == 1 and "is not an empty folder" in again.stderr and "Traceback" not in again.stderr
+    again = healthgpt(*arguments, "--dtype", "float16")
+    assert again.returncode == 1 and "it holds another export" in again.stderr and "Traceback" not in again.stderr
 
     result = healthgpt("info", folder, "--json")
     content = json.loads(result.stdout)
@@ -96,6 +96,12 @@ def test_export_info_ask_and_draw(tmp_path, checkpoints):
         (["draw", "-c", "L14", "Draw.", "-o", "picture.png"], "no task 'generation' that draws; those that do: none"),
         (["ask", "-c", "FOLDER", "--device", "abacus", "What?"], "The device 'abacus' cannot be used here"),
         (["ask", "-c", GOLDEN, "What?"], "is no HealthGPT checkpoint: it has no config.json"),
+        (["export", "--output", "out", "--preset", "m5"], "no preset 'm5'; choose one of m3, l14, xl32"),
+        (["export", "--output", "out", "--base", "x"], "The export needs --vision, or a --preset"),
+        (
+            ["export", "--output", "out", "--preset", "l14"],
+            "repository microsoft/phi-4 cannot be used: the Hub cannot",
+        ),
         (["info", GOLDEN / "m3/base"], "is no HealthGPT checkpoint: its config.json is that of a phi3 model"),
         (["ask", "-c", "DAMAGED", "What?"], "The weights of .* are damaged"),
         (["draw", "-c", "FOLDER", "Draw.", "-o", "picture.psd"], "no ending of a picture format"),
@@ -109,8 +115,8 @@ def test_mistakes_are_answered_in_one_sentence(
     damaged, named = (tmp_path_factory.mktemp("other") / name for name in ("damaged", "folder.png"))
     named.mkdir()
     shutil.copytree(folder, damaged)
-    weights = (damaged / "model.safetensors").read_bytes()
-    (damaged / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    weights = (damaged / "model-00001-of-00001.safetensors").read_bytes()
+    (damaged / "model-00001-of-00001.safetensors").write_bytes(weights[: len(weights) // 2])
     names = {"FOLDER": folder, "L14": checkpoints("l14").folder, "DAMAGED": damaged, "NAMED": named}
     arguments = [names.get(argument, argument) if isinstance(argument, str) else argument for argument in arguments]
     monkeypatch.chdir(tmp_path)

@@ -2,17 +2,22 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, sources_of
+from conftest import GOLDEN, sources_of, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from healthgpt.hub_export import CheckpointError, ExportSources, export
-from healthgpt.hub_export.merge import build_plan
+from healthgpt.hub_export.plan import build_plan
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ LAYER = "base_model.model.model.layers.1.mlp.down_proj"
 def test_every_tensor_is_used_or_dropped_for_a_reason(files):
     sources, output = files
     plan = export(sources, output)
-    written = load_file(output / "model.safetensors")
+    written = weights_of(output)
     assert written.keys() == {transfer.target for transfer in plan.transfers}
     sizes = [len(load_file(folder / "model.safetensors")) for folder in (sources.base, sources.vision)]
     sizes += [
@@ -63,12 +68,12 @@ def test_every_tensor_is_used_or_dropped_for_a_reason(files):
 
 def test_shards_are_split_by_size(files, monkeypatch):
     sources, output = files
-    monkeypatch.setattr("healthgpt.hub_export.merge.MAX_SHARD_BYTES", 10**6)
+    monkeypatch.setattr("healthgpt.hub_export.write.MAX_SHARD_BYTES", 10**6)
     export(sources, output)
     index = json.loads((output / "model.safetensors.index.json").read_text())
     shards = sorted(output.glob("model-*.safetensors"))
     assert len(shards) == len(set(index["weight_map"].values())) > 2
-    assert all(path.stat().st_size < 1.2 * 10**6 for path in shards)
+    assert sum(path.stat().st_size > 1.2 * 10**6 for path in shards if "plugin" not in path.name) == 0
     assert sum(len(load_file(path)) for path in shards) == len(index["weight_map"])
 
 
@@ -76,7 +81,7 @@ def test_dtype_is_the_bases_unless_told(files):
     sources, output = files
     assert build_plan(sources).config.dtype == torch.float32
     export(sources, output, dtype="bfloat16")
-    tensors = load_file(output / "model.safetensors")
+    tensors = weights_of(output)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -85,22 +90,135 @@ def test_an_empty_output_folder_is_used_and_a_full_one_refused(files):
     sources, output = files
     output.mkdir()
     export(sources, output)
-    before = sorted(output.iterdir())
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    export(sources, output)  # the same export again has nothing to do
+    with pytest.raises(FileExistsError, match="is not an empty folder: it holds another export"):
+        export(sources, output, dtype="bfloat16")
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    (output.parent / "other").mkdir()
+    (output.parent / "other/notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is not an empty folder"):
-        export(sources, output)
-    assert sorted(output.iterdir()) == before
+        export(sources, output.parent / "other")
 
 
-def test_an_interrupted_export_leaves_nothing(files):
+def test_an_interrupted_export_goes_on_from_its_finished_files(files, monkeypatch):
     sources, output = files
+    partial = output.parent / ".out.partial"
+    monkeypatch.setattr("healthgpt.hub_export.write.MAX_SHARD_BYTES", 10**6)
+    whole = output.parent / "m3/whole"
+    export(sources, whole)
 
-    def interrupt(transfers):
-        yield from transfers[:100]
-        raise KeyboardInterrupt
+    def interrupt(stage, total):
+        done = 0
+
+        def advance(nbytes):
+            nonlocal done
+            done += nbytes
+            if stage == "Writing" and done > 0.5 * total:
+                raise KeyboardInterrupt
+
+        return advance
 
     with pytest.raises(KeyboardInterrupt):
         export(sources, output, progress=interrupt)
-    assert [path.name for path in output.parent.iterdir()] == ["m3"]
+    assert not output.exists()
+    finished = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
+    assert 0 < len(finished) < len(list(whole.glob("*.safetensors")))
+    export(sources, output)
+    assert not partial.exists()
+    assert {name: (output / name).stat().st_mtime_ns for name in finished} == finished
+    for path in whole.iterdir():
+        if path.name not in ("README.md", "healthgpt_export.json"):
+            assert (output / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_what_another_export_left_is_not_used(files, monkeypatch):
+    sources, output = files
+    partial = output.parent / ".out.partial"
+    partial.mkdir()
+    (partial / "model-00001-of-00001.safetensors").write_bytes(b"of another export")
+    (partial / "merged").mkdir()
+    export(sources, output)
+    assert weights_of(output).keys() and not partial.exists() and not (output / "merged").exists()
+
+
+def test_a_finished_file_that_was_damaged_is_noticed(files):
+    sources, output = files
+    partial = output.parent / ".out.partial"
+
+    def damage(stage, total):
+        if stage == "Verifying":
+            path = partial / "model-00001-of-00001.safetensors"
+            data = bytearray(path.read_bytes())
+            data[-1000] ^= 1
+            path.write_bytes(data)
+        return lambda nbytes: None
+
+    refused(sources, output, "differs from .*: the source was changed meanwhile, or the disk", progress=damage)
+
+
+def test_two_exports_to_one_folder_at_once(files):
+    sources, output = files
+
+    def export_again(stage, total):
+        with pytest.raises(CheckpointError, match=r"Another export to .*out is under way"):
+            export(sources, output)
+        return lambda nbytes: None
+
+    export(sources, output, progress=export_again)
+    assert (output / "config.json").is_file()
+
+
+def test_a_disk_that_is_too_small(files, monkeypatch):
+    sources, output = files
+    monkeypatch.setattr("healthgpt.hub_export.merge.SPACE_BESIDE_WEIGHTS", 10**18)
+    refused(sources, output, r"The disk has \d+\.\d+ GB free, but the export needs 1000000000\.\d+ GB")
+    monkeypatch.undo()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limit[1]))  # writing past it fails as on a full disk
+    try:
+        refused(sources, output, "could not be written, and nothing was kept: .*File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+KILLED = """
+import sys
+from conftest import GOLDEN, sources_of
+from healthgpt.hub_export import export
+def progress(stage, total):
+    print(stage, flush=True)
+    return lambda nbytes: print("moved", flush=True)
+export(sources_of(GOLDEN / "m3"), sys.argv[1], progress=progress)
+"""
+
+
+@pytest.mark.parametrize("moment", ["Checking", "Writing", "moved", "Verifying"])
+def test_a_kill_leaves_nothing_and_the_next_run_finishes(tmp_path, moment):
+    output = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, output], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    for line in process.stdout:
+        if line.startswith(moment):
+            process.kill()
+            break
+    assert process.wait(60) == -signal.SIGKILL
+    process.stdout.close()
+    assert not output.exists()
+    export(sources_of(GOLDEN / "m3"), output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (output / "config.json").is_file()
+
+
+def test_tensors_written_in_pieces_are_the_same(files, monkeypatch):
+    sources, output = files
+    export(sources, output)
+    monkeypatch.setattr("healthgpt.hub_export.plan.PIECE_BYTES", 1000)
+    export(sources, output.parent / "m3/pieces")
+    whole, pieces = weights_of(output), weights_of(output.parent / "m3/pieces")
+    assert all(torch.equal(tensor, pieces[name]) for name, tensor in whole.items())
 
 
 def test_alpha_defaults_to_twice_the_rank_and_can_be_given(files):
@@ -219,7 +337,7 @@ def test_a_flipped_bit_in_a_pickle_is_noticed(files, name):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    refused(sources, output, "does not have the checksum that was stored with it")
+    refused(sources, output, "does not have the checksum stored with it")
 
 
 @pytest.mark.parametrize("size", [0, 5, 0.5, 0.999])

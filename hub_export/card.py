@@ -1,0 +1,143 @@
+"""The model card of an exported checkpoint."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from .plan import ExportSources, Plan
+from .presets import DATASET, PAPER, PRESETS
+
+CARD = """---
+{front_matter}
+---
+
+# {name}
+
+[HealthGPT]({paper}) (ICML 2025) as one checkpoint of the transformers library: a frozen language model that {abilities}. Its
+tasks are plugins (H-LoRA) on the same base; `task` picks one for each row of a batch.
+
+> **Research use only. This is not a medical device**: nothing it says or draws may guide a diagnosis or a treatment.
+
+## Use
+
+```python
+{snippet}```
+
+`trust_remote_code=True` runs the code that lies beside the weights. It needs torch, transformers 5 and Pillow.
+
+## What it can do
+
+| task | puts out | rank | alpha | experts | vision layer |
+|---|---|---|---|---|---|
+{tasks}
+
+{limits}
+
+Intended for research on medical image understanding and generation. Not intended for care of patients, nor for anything that
+touches them. The data it learned from covers few modalities, places and groups of people; expect confident mistakes.
+
+{results}## Where it comes from
+
+Merged by `healthgpt export` from the published files, each tensor compared with its source.
+
+| source | bytes | SHA-256 |
+|---|---|---|
+{sources}
+
+Versions: {versions}.
+"""
+
+LOAD = """from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+
+picture = Image.radial_gradient("L")  # put a medical picture here: Image.open("chest.png")
+"""
+ASK_TASK = """
+messages = [
+    {{"role": "user", "content": [{{"type": "image", "image": picture}}, {{"type": "text", "text": "What is this?"}}]}}
+]
+inputs = processor.apply_chat_template(
+    messages, task="{task}", add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+sequences = model.generate(**inputs, task="{task}", max_new_tokens=128)
+print(processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+DRAW_TASK = """
+messages = [
+    {{"role": "user", "content": [{{"type": "image", "image": picture}}, {{"type": "text", "text": "Reconstruct the image."}}]}}
+]
+inputs = processor.apply_chat_template(
+    messages, task="{task}", add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+pixels = model.decode_image_tokens(model.generate(**inputs, task="{task}"))
+[drawn] = processor.post_process_multimodal_output(pixels, generation_mode="image")
+drawn.save("drawn.png")
+"""
+
+
+RESULTS = """## Published results
+
+What the authors of {name} report ([paper]({paper})); not measured on this checkpoint.
+
+| benchmark | published |
+|---|---|
+{rows}
+
+"""
+LIMITS_DRAWING = (
+    "The public generation weights only reconstruct: asked for CT to MRI or another change, they return the input."
+)
+
+
+def build_card(plan: Plan, sources: ExportSources, record: dict, name: str, preset: str | None) -> str:
+    """
+    The text of README.md.
+
+    Args:
+        plan (`Plan`): What was written.
+        sources (`ExportSources`): As the user named them: the base's name on the Hub becomes `base_model`.
+        record (`dict`): Checksums and versions.
+        name (`str`): Repository or folder under which the checkpoint will be loaded.
+        preset (`str`, *optional*): Which published model it is, if that was said.
+    """
+    published = PRESETS.get(preset)
+    tasks = plan.config.tasks
+    asks = [task for task, settings in tasks.items() if settings.kind == "text"]
+    draws = [task for task, settings in tasks.items() if settings.kind == "image"]
+    base = str(sources.base).removeprefix("hf://").split("@")[0]
+    data = ModelCardData(
+        license=published.license if published else "other",
+        base_model=base if not Path(sources.base).exists() else published.sources["base"] if published else None,
+        library_name="transformers",
+        pipeline_tag="any-to-any" if draws else "image-text-to-text",
+        datasets=[DATASET],
+        language="en",
+        tags=["medical", "healthgpt", "h-lora", "custom_code"],
+    )
+    snippets = [ASK_TASK.format(task=task) for task in asks[:1]] + [DRAW_TASK.format(task=task) for task in draws[:1]]
+    results = ""
+    if published:
+        rows = "\n".join(f"| {benchmark} | {figure} |" for benchmark, figure in published.results.items())
+        results = RESULTS.format(name=published.name, paper=PAPER, rows=rows)
+    abilities = ["answers questions about medical pictures"] * bool(asks) + ["draws medical pictures"] * bool(draws)
+    return CARD.format(
+        front_matter=data.to_yaml(),
+        name=name.split("/")[-1],
+        paper=PAPER,
+        abilities=" and ".join(abilities),
+        snippet=LOAD.format(name=name) + "".join(snippets),
+        tasks="\n".join(
+            f"| `{task}` | {settings.kind} | {settings.rank} | {settings.alpha:g} | {settings.num_experts} | "
+            f"{settings.vision_layer} |"
+            for task, settings in tasks.items()
+        ),
+        limits=LIMITS_DRAWING if draws else "It cannot draw: no plugin that draws was merged into it.",
+        results=results,
+        sources="\n".join(
+            f"| {file['file']} | {file['bytes']:,} | `{file['sha256']}` |" for file in record["sources"]
+        ),
+        versions=", ".join(f"{library} {version}" for library, version in record["versions"].items()),
+    )

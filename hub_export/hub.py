@@ -1,0 +1,111 @@
+"""The Hub: sources named by repository instead of by path, and the finished checkpoint pushed."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, parse_hf_uri, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .plan import ExportSources
+from .sources import CheckpointError
+
+CONFIGURATIONS = ["config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json"]
+CONFIGURATIONS += ["tokenizer.model", "vocab.json", "merges.txt"]
+SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
+PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
+
+def fetch(sources: ExportSources) -> ExportSources:
+    """
+    The same sources, with every name of the Hub replaced by the path of its download in the Hub's cache.
+
+    A folder is named `user/name` or `user/name@revision`, a file `hf://user/name/file` or `hf://user/name@revision/file`.
+
+    Raises:
+        CheckpointError: if something is neither here nor on the Hub, or may not be read.
+    """
+    found = {}
+    for field in fields(sources):
+        name = str(getattr(sources, field.name))
+        is_folder = field.name in ("base", "vision")
+        if is_folder and not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+            name = f"hf://{name}"
+        if name.startswith("hf://"):
+            try:
+                uri = parse_hf_uri(name)
+            except ValueError as error:
+                raise CheckpointError(f"{name} is no name of the Hub: {error}.") from error
+            found[field.name] = fetch_folder(uri) if is_folder else fetch_file(uri)
+    return replace(sources, **found)
+
+
+def fetch_folder(uri) -> Path:
+    """Downloads a model's configuration, tokenizer and weights: safetensors if it has them, else `.bin`."""
+    with asking(uri.id):
+        folder = Path(snapshot_download(uri.id, revision=uri.revision, allow_patterns=CONFIGURATIONS + SAFETENSORS))
+        if not list(folder.glob("model*.safetensors")):
+            snapshot_download(uri.id, revision=uri.revision, allow_patterns=CONFIGURATIONS + PICKLES)
+    return folder
+
+
+def fetch_file(uri) -> Path:
+    with asking(uri.id):
+        return Path(hf_hub_download(uri.id, uri.path_in_repo, revision=uri.revision))
+
+
+def push(folder: Path, repository: str, public: bool = False, create_pr: bool = False) -> str:
+    """
+    Uploads a finished checkpoint. What the Hub has already is not sent again, so that a broken upload goes on.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        repository (`str`): `user/name`; made if it does not exist.
+        public (`bool`, defaults to `False`): Whether a new repository can be seen by all.
+        create_pr (`bool`, defaults to `False`): Whether to open a pull request instead of writing to the main branch.
+
+    Returns:
+        `str`: Where the upload can be seen.
+
+    Raises:
+        CheckpointError: if the Hub refuses or cannot be reached.
+    """
+    with asking(repository):
+        api = HfApi()
+        api.create_repo(repository, private=not public, exist_ok=True)
+        files = sorted(path.name for path in folder.iterdir())
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=files,
+            commit_message="HealthGPT checkpoint",
+            create_pr=create_pr,
+        )
+    return commit.pr_url if create_pr else str(commit.repo_url)
+
+
+@contextmanager
+def asking(repository: str) -> Iterator[None]:
+    """Turns what the Hub answers into one sentence."""
+    reasons = {
+        GatedRepoError: "its owner has not granted you access",
+        RepositoryNotFoundError: "it does not exist, or your token may not read it",
+        RevisionNotFoundError: "it has no such revision",
+        LocalEntryNotFoundError: "the Hub cannot be reached, and the Hub's cache does not have it",
+        EntryNotFoundError: "it has no such file",
+    }
+    try:
+        yield
+    except (OSError, EntryNotFoundError, HTTPError) as error:
+        reason = next((reason for kind, reason in reasons.items() if isinstance(error, kind)), None)
+        reason = reason or " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"The Hub's repository {repository} cannot be used: {reason}.") from error

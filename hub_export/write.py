@@ -1,0 +1,113 @@
+"""
+Writing a plan as safetensors, piece by piece, and reading back what was written.
+
+The safetensors library writes a file from tensors that are all in memory; here a file is laid out from the plan and its
+tensors follow one piece at a time, so that memory does not depend on the size of the model.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from .plan import Plan, Transfer
+from .sources import CheckpointError
+
+MAX_SHARD_BYTES = 5 * 10**9
+INDEX_NAME = "model.safetensors.index.json"
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+Advance = Callable[[int], None]  # told how many more bytes are done
+
+
+def split_into_shards(plan: Plan) -> dict[str, list[Transfer]]:
+    """
+    The checkpoint's weight files by name: shards of at most 5 GB for what all tasks share and one file for each task, so
+    that a task can be added or taken out without touching the rest.
+    """
+    shared, of_tasks = [[]], {}
+    size = 0
+    for transfer in plan.transfers:
+        task = task_of(transfer.target, plan.config)
+        if task is not None:
+            of_tasks.setdefault(task, []).append(transfer)
+            continue
+        nbytes = plan.nbytes(transfer)
+        if shared[-1] and size + nbytes > MAX_SHARD_BYTES:
+            shared.append([])
+            size = 0
+        shared[-1].append(transfer)
+        size += nbytes
+    shards = {f"model-{index:05d}-of-{len(shared):05d}.safetensors": part for index, part in enumerate(shared, 1)}
+    return shards | {plugin_file(task): part for task, part in of_tasks.items()}
+
+
+def plugin_file(task: str) -> str:
+    """Name of the file with what a task owns; one that save_pretrained clears away when it shards anew."""
+    return f"model-plugin_{task}-00001-of-00001.safetensors"
+
+
+def task_of(name: str, config) -> str | None:
+    """The task that owns a tensor of the checkpoint, or None if it belongs to all or several."""
+    match = re.search(r"\.plugins\.(\w+)\.|^model\.projectors\.(\w+)\.", name)
+    if match:
+        return match[1] or match[2]
+    match = re.match(r"(?:model\.token_embeddings|token_heads)\.(\w+)\.", name)
+    owners = [task for task, settings in config.tasks.items() if match and settings.token_tables == match[1]]
+    return owners[0] if len(owners) == 1 else None
+
+
+def write_shard(plan: Plan, transfers: list[Transfer], path: Path, advance: Advance) -> None:
+    """Writes one weight file; it has its name only once it is whole."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for transfer in transfers:
+        end = offset + plan.nbytes(transfer)
+        header[transfer.target] = {
+            "dtype": SAFETENSORS_DTYPES[plan.config.dtype],
+            "shape": list(transfer.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for transfer in transfers:
+            for piece in transfer.pieces(plan.config.dtype):
+                file.write(piece.contiguous().view(torch.uint8).numpy())
+                advance(piece.nbytes)
+    unfinished.rename(path)
+
+
+def write_index(plan: Plan, shards: dict[str, list[Transfer]], folder: Path) -> None:
+    weight_map = {transfer.target: name for name, transfers in shards.items() for transfer in transfers}
+    index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def verify_shard(plan: Plan, transfers: list[Transfer], path: Path, advance: Advance) -> None:
+    """
+    Compares every tensor of a written file with its source, bit for bit.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != {transfer.target for transfer in transfers}:
+            raise CheckpointError(f"{path} does not hold the tensors that were written to it: is the disk in order?")
+    for transfer in transfers:
+        start = 0
+        for piece in transfer.pieces(plan.config.dtype):
+            with safe_open(path, framework="pt") as file:
+                written = file.get_slice(transfer.target)[start : start + len(piece)]
+            start += len(piece)
+            if not torch.equal(written.view(torch.uint8), piece.contiguous().view(torch.uint8)):
+                raise CheckpointError(
+                    f"{transfer.target} in {path} differs from {transfer.origin}: the source was changed meanwhile, or "
+                    "the disk is not in order."
+                )
+            advance(piece.nbytes)

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,8 +44,8 @@ class LazyTensor:
     Args:
         origin (`Path`): The file.
         shape, dtype: As in the file.
-        rows (`Callable`): Reads the rows from its first argument up to its second. The file is mapped anew for every
-            call, so that what was read before takes no memory.
+        rows (`Callable`): Reads the rows from its first argument up to its second. The file is mapped anew again and
+            again, so that what was read before takes no memory.
     """
 
     origin: Path
@@ -132,33 +133,47 @@ def _read_pickle(path):
             f"{path} is no PyTorch file: it is not the zip archive that torch.save writes, or cut off."
         )
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        placeholders = [(type("Placeholder", (Placeholder,), {}), name) for name in names]
-        state_dict = _load_pickle(path, placeholders)
+        file = _MappedPickle(path)
     except Exception as error:  # zipfile and torch raise a dozen types for damaged files, down to AssertionError
         lines = str(error).split("\n")
         reason = next((line for line in lines if "WeightsUnpickler error" in line or "GLOBAL" in line), lines[-1])
         reason = reason.split(" Please use")[0].strip().rstrip(".") or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {reason}.") from error
-    if not isinstance(state_dict, dict) or not all(map(_is_plain, state_dict.values())):
+    if not isinstance(file.tensors, dict) or not all(map(_is_plain, file.tensors.values())):
         raise CheckpointError(f"{path} holds something else than tensors by name.")
-
-    def reader(key):
-        return lambda start, stop: _load_pickle(path, placeholders)[key][start:stop]
-
     return {
-        key: LazyTensor(path, tuple(tensor.shape), tensor.dtype, reader(key)) for key, tensor in state_dict.items()
+        key: LazyTensor(path, tuple(tensor.shape), tensor.dtype, partial(file.rows, key))
+        for key, tensor in file.tensors.items()
     }
+
+
+class _MappedPickle:
+    """A PyTorch file mapped into memory, and mapped anew from time to time to give back what was read."""
+
+    MAX_BYTES = 64 * 2**20
+
+    def __init__(self, path):
+        self.path = path
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        self.placeholders = [(type("Placeholder", (Placeholder,), {}), name) for name in names]
+        self.map()
+
+    def map(self):
+        with torch.serialization.safe_globals(self.placeholders):
+            content = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+        self.tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+        self.bytes_read = 0
+
+    def rows(self, key, start, stop):
+        if self.bytes_read > self.MAX_BYTES:
+            self.map()
+        rows = self.tensors[key][start:stop]
+        self.bytes_read += rows.nbytes
+        return rows
 
 
 def _is_plain(value):
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-
-
-def _load_pickle(path, placeholders):
-    with torch.serialization.safe_globals(placeholders):
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return content.get("state_dict", content) if isinstance(content, dict) else content
 
 
 def check_archive(path: Path) -> None:

@@ -1,0 +1,237 @@
+"""Against a server on loopback that speaks the Hub's protocol: sources by name, push, and what comes back."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, weights_of
+from hub_server import TOKEN, serve
+from huggingface_hub import ModelCard
+
+TESTS = Path(__file__).parent.parent
+PUSH = """
+import sys
+from pathlib import Path
+from healthgpt.hub_export import push
+print(push(Path(sys.argv[1]), "user/tiny", create_pr="pr" in sys.argv))
+"""
+ANSWER = """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from conftest import inputs_of
+import json
+model = AutoModelForImageTextToText.from_pretrained("user/tiny", revision=sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("user/tiny", revision=sys.argv[1], trust_remote_code=True)
+for index in (1, 4):
+    case = json.loads(open(sys.argv[2]).read())["cases"][index]
+    inputs = inputs_of(processor, case)
+    sequences = model.generate(**inputs, task=case["task"], max_new_tokens=case["max_new_tokens"])
+    assert sequences[0, inputs["input_ids"].shape[1]:].tolist() == case["generated_ids"]
+print(getattr(sys.modules[type(model).__module__], "MARK", "unchanged"))
+"""
+
+
+@pytest.fixture
+def hub():
+    with serve() as server:
+        yield server
+
+
+def python(hub, home, script, *arguments, offline=False, token=TOKEN):
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": token,
+        "PYTHONPATH": str(TESTS),
+        "HF_HUB_OFFLINE": "1" if offline else "0",
+    }
+    script = script.replace(
+        "from conftest import", "import os; kept = os.environ['HF_HUB_OFFLINE']\nfrom conftest import"
+    )
+    script = "import huggingface_hub, transformers\n" + script  # read their settings before conftest changes them
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=home,
+    )
+
+
+def main(*arguments):
+    return "from healthgpt.app.cli import main; main()", *arguments
+
+
+def put(hub, name, folder, files=None):
+    """A repository on the server with the files of a folder."""
+    content = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    hub.repositories[name] = {"private": True, "revisions": {"main": content, "old": content}, "shas": {}}
+
+
+def m3_on_the_hub(hub):
+    m3 = GOLDEN / "m3"
+    put(hub, "tiny/base", m3 / "base")
+    put(hub, "tiny/vision", m3 / "vit")
+    put(hub, "tiny/plugins", m3)
+    return [
+        "export",
+        "--base",
+        "tiny/base@old",
+        "--vision",
+        "tiny/vision",
+        "--comprehension",
+        "hf://tiny/plugins/com_hlora_weights.bin",
+        "--output",
+        "out",
+    ]
+
+
+def test_push_load_by_revision_update_code_and_go_offline(hub, tmp_path, checkpoints):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints("m3").folder, folder)
+    (folder / ".cache").mkdir()
+    (folder / ".cache/secret").write_text("not in the plan")
+    pushed = python(hub, tmp_path, PUSH, folder)
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.strip().endswith("user/tiny")
+    repository = hub.repositories["user/tiny"]
+    assert repository["private"] is True
+    content = repository["revisions"]["main"]
+    expected = {path.name for path in folder.iterdir() if path.is_file()}
+    assert set(content) - {".gitattributes"} == expected
+    assert all(content[name] == (folder / name).read_bytes() for name in expected)
+
+    [first] = repository["shas"]
+    cases = GOLDEN / "m3/cases.json"
+    answered = python(hub, tmp_path, ANSWER, first, cases)
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.strip() == "unchanged"
+
+    code = folder / "modeling_healthgpt.py"
+    code.write_text(code.read_text() + "\nMARK = 'updated'\n")
+    sent = len([path for method, path in hub.requests if method == "PUT"])
+    assert python(hub, tmp_path, PUSH, folder).returncode == 0
+    assert len([path for method, path in hub.requests if method == "PUT"]) == sent  # no weight was sent again
+    for revision, mark in ((first, "unchanged"), ("main", "updated")):
+        answered = python(hub, tmp_path, ANSWER, revision, cases)
+        assert answered.stdout.strip() == mark, answered.stderr
+    hub.faults[""] = [500] * 1000  # from here on nobody answers
+    answered = python(hub, tmp_path, ANSWER, "main", cases, offline=True)
+    assert answered.stdout.strip() == "updated", answered.stderr
+
+
+def test_push_as_a_pull_request(hub, tmp_path, checkpoints):
+    folder = checkpoints("l14").folder
+    pushed = python(hub, tmp_path, PUSH, folder, "pr")
+    assert pushed.stdout.strip() == f"{hub.url}/user/tiny/discussions/1", pushed.stderr
+    assert hub.repositories["user/tiny"]["revisions"]["main"] == {}
+
+
+@pytest.mark.parametrize(
+    ("part", "answers", "message"),
+    [
+        ("api/repos/create", [401] * 9, "user/tiny cannot be used: .*401"),
+        ("api/repos/create", [403] * 9, "user/tiny cannot be used: .*403"),
+        ("/commit/", [404] * 9, "user/tiny cannot be used: "),
+        ("/commit/", [409] * 9, "user/tiny cannot be used: .*409"),
+        ("preupload", [500] * 99, "user/tiny cannot be used: .*500"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence_and_the_next_push_goes_through(
+    hub, tmp_path, checkpoints, part, answers, message
+):
+    import re
+
+    hub.faults[part] = answers
+    script = PUSH.replace("print(push", "from healthgpt.hub_export import CheckpointError\ntry:\n    print(push")
+    script += "except CheckpointError as error:\n    print(error)\n    sys.exit(3)\n"
+    refused = python(hub, tmp_path, script, checkpoints("l14").folder)
+    assert refused.returncode == 3, refused.stderr
+    assert re.search(message, refused.stdout) and refused.stdout.count("\n") == 1
+    hub.faults.clear()
+    assert python(hub, tmp_path, script, checkpoints("l14").folder).returncode == 0
+
+
+@pytest.mark.parametrize("fault", ["cut", 500])
+def test_a_broken_upload_goes_on(hub, tmp_path, checkpoints, fault):
+    folder = checkpoints("l14").folder
+    hub.faults["PUT /lfs/"] = [fault]
+    hub.faults["objects/batch"] = [fault]
+    pushed = python(hub, tmp_path, PUSH, folder)
+    if pushed.returncode:
+        pushed = python(hub, tmp_path, PUSH, folder)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "config.json" in hub.repositories["user/tiny"]["revisions"]["main"]
+
+
+def test_sources_by_their_names_on_the_hub(hub, tmp_path):
+    arguments = m3_on_the_hub(hub)
+    hub.faults["GET /tiny/base/resolve"] = ["cut"]  # a dropped download goes on
+    exported = python(hub, tmp_path, *main(*arguments, "--num-codes", 64))
+    assert exported.returncode == 0, exported.stderr
+    assert weights_of(tmp_path / "out").keys()
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.base_model == "tiny/base" and card.data.pipeline_tag == "image-text-to-text"
+    asked = [path for method, path in hub.requests if "tiny/base" in path and "resolve" in path]
+    assert asked and not any("pytorch_model" in path or "tokenizer.json" in path for path in asked)
+
+    shutil.rmtree(tmp_path / "out")
+    again = python(hub, tmp_path, *main(*arguments, "--num-codes", 64), offline=True)
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_download_that_is_not_what_the_hub_promised(hub, tmp_path):
+    arguments = m3_on_the_hub(hub)
+    assert python(hub, tmp_path, *main(*arguments, "--dry-run")).returncode == 0
+    [path] = (tmp_path / "hub/models--tiny--base/snapshots").glob("*/model.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.resolve().write_bytes(data)
+    refused = python(hub, tmp_path, *main(*arguments), offline=True)
+    assert refused.returncode == 1 and "is damaged: its SHA-256 is" in refused.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--base": "tiny/absent"}, "repository tiny/absent cannot be used: it does not exist, or your token"),
+        ({"--base": "tiny/base@v9"}, "repository tiny/base cannot be used: it has no such revision"),
+        (
+            {"--comprehension": "hf://tiny/plugins/absent.bin"},
+            "repository tiny/plugins cannot be used: it has no such",
+        ),
+        ({"--comprehension": "hf://tiny"}, "hf://tiny is no name of the Hub"),
+        ({"--comprehension": "tiny/plugins"}, "tiny/plugins does not exist"),
+    ],
+)
+def test_names_that_lead_nowhere(hub, tmp_path, change, message):
+    arguments = m3_on_the_hub(hub)
+    for option, value in change.items():
+        arguments[arguments.index(option) + 1] = value
+    refused = python(hub, tmp_path, *main(*arguments))
+    assert refused.returncode == 1 and message in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr and not (tmp_path / "out").exists()
+
+
+def test_export_pushes_when_asked_and_again_without_writing_again(hub, tmp_path):
+    arguments = [*m3_on_the_hub(hub), "--num-codes", 64, "--push-to-hub", "user/tiny", "--public"]
+    hub.faults["/commit/"] = [409] * 9
+    refused = python(hub, tmp_path, *main(*arguments))
+    assert refused.returncode == 1 and "repository user/tiny cannot be used" in refused.stderr
+    written = (tmp_path / "out/config.json").stat().st_mtime_ns
+    hub.faults.clear()
+    pushed = python(hub, tmp_path, *main(*arguments))
+    assert pushed.returncode == 0, pushed.stderr
+    assert (tmp_path / "out/config.json").stat().st_mtime_ns == written
+    assert hub.repositories["user/tiny"]["private"] is False
+    card = hub.repositories["user/tiny"]["revisions"]["main"]["README.md"].decode()
+    assert 'from_pretrained("user/tiny", trust_remote_code=True)' in card
+    assert json.loads(hub.repositories["user/tiny"]["revisions"]["main"]["healthgpt_export.json"])["sources"]

@@ -105,7 +105,8 @@ def asking(repository: str) -> Iterator[None]:
     }
     try:
         yield
-    except (OSError, EntryNotFoundError, HTTPError) as error:
-        reason = next((reason for kind, reason in reasons.items() if isinstance(error, kind)), None)
-        reason = reason or " ".join(str(error).split()) or type(error).__name__
+    except (OSError, EntryNotFoundError, HTTPError, RuntimeError) as error:
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error  # of a failed upload
+        reason = next((reason for kind, reason in reasons.items() if isinstance(cause, kind)), None)
+        reason = reason or " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
         raise CheckpointError(f"The Hub's repository {repository} cannot be used: {reason}.") from error

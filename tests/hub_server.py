@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
                     return
                 self.answer(fault, {"error": f"fault {fault}"})
                 return
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}" and not path.startswith("/lfs/"):
             self.answer(401, {"error": "Invalid username or password."}, {"X-Error-Code": "RepoNotFound"})
             return
         for method, pattern, function in ROUTES:
@@ -78,7 +78,8 @@ def create(handler, hub, body, query):
     content = json.loads(body)
     name = f"{content.get('organization') or 'user'}/{content['name']}"
     status = 409 if name in hub.repositories else 200
-    hub.repositories.setdefault(name, {"private": content.get("private"), "revisions": {"main": {}}, "shas": {}})
+    private = content.get("private", content.get("visibility") == "private")
+    hub.repositories.setdefault(name, {"private": private, "revisions": {"main": {}}, "shas": {}})
     handler.answer(status, {"url": f"{hub.url}/{name}", "id": name, "name": name})
 
 
@@ -98,7 +99,7 @@ def batch(handler, hub, body, query, name):
     objects = []
     for item in json.loads(body)["objects"]:
         upload = {"upload": {"href": f"{hub.url}/lfs/{item['oid']}"}}
-        objects.append({**item, "actions": {} if item["oid"] in hub.blobs else upload})
+        objects.append(item if item["oid"] in hub.blobs else {**item, "actions": upload})
     handler.answer(200, {"transfer": "basic", "objects": objects})
 
 
@@ -154,13 +155,13 @@ def describe(handler, hub, body, query, name, revision=None):
         handler.answer(200, {"id": name, "sha": sha_of(files), "siblings": siblings, "private": private})
 
 
-def tree(handler, hub, body, query, name, revision, folder=""):
+def tree(handler, hub, body, query, name, revision, folder):
     files = files_of(handler, hub, name, revision)
     if files is None:
         return
     found = []
     for path, data in files.items():
-        if path.startswith(folder.strip("/")):
+        if path.startswith((folder or "").strip("/")):
             entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             if path.endswith(LFS):
                 entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDEN, weights_of
-from hub_server import TOKEN, serve
+from hub_server import TOKEN, serve, sha_of
 from huggingface_hub import ModelCard
 
 TESTS = Path(__file__).parent.parent
@@ -69,10 +69,14 @@ def main(*arguments):
     return "from healthgpt.app.cli import main; main()", *arguments
 
 
-def put(hub, name, folder, files=None):
+def put(hub, name, folder):
     """A repository on the server with the files of a folder."""
     content = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-    hub.repositories[name] = {"private": True, "revisions": {"main": content, "old": content}, "shas": {}}
+    hub.repositories[name] = {
+        "private": True,
+        "revisions": {"main": content, "old": content},
+        "shas": {sha_of(content): content},
+    }
 
 
 def m3_on_the_hub(hub):

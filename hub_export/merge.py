@@ -28,7 +28,7 @@ from .card import build_card
 from .hub import fetch
 from .plan import ExportSources, Plan, build_plan
 from .quantize import quantize_checkpoint, require_bitsandbytes
-from .sources import CheckpointError, check_archive
+from .sources import CheckpointError, check_archive, reading
 from .write import Advance, split_into_shards, verify_shard, write_index, write_shard
 
 HUB_FILES = (
@@ -247,7 +247,7 @@ def check_forward(plan: Plan, folder: Path) -> None:
     Loads the checkpoint and runs every task once on a picture and a word, if memory allows.
 
     Raises:
-        CheckpointError: if a logit is not finite.
+        CheckpointError: if a task cannot run here, or a logit is not finite.
     """
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if psutil.virtual_memory().available < 1.2 * size:
@@ -264,7 +264,7 @@ def check_forward(plan: Plan, folder: Path) -> None:
             return_dict=True,
             return_tensors="pt",
         )
-        with torch.no_grad():
+        with torch.no_grad(), reading(f"Task {task!r} of the finished checkpoint"):
             logits = model(**inputs.to(model.device), task=task).logits
         if not math.isfinite(logits.abs().max()):
             raise CheckpointError(f"The logits of task {task!r} are not finite in {plan.config.dtype}.")

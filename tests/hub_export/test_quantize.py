@@ -1,0 +1,31 @@
+"""Checkpoints that are quantised when they are exported."""
+
+import pytest
+import torch
+from conftest import GOLDEN, sources_of, weights_of
+from transformers import AutoModelForImageTextToText
+
+from healthgpt.hub_export import CheckpointError, export
+
+
+def test_8_bit_quantises_the_language_models_linears_and_nothing_else(tmp_path, checkpoints):
+    export(sources_of(GOLDEN / "m3"), tmp_path / "tiny", quantize="8bit")
+    assert not (tmp_path / "tiny/merged").exists()
+    whole, quantized = weights_of(checkpoints("m3").folder), weights_of(tmp_path / "tiny")
+    for name, tensor in whole.items():
+        if name.endswith(".base_layer.weight"):
+            assert quantized[name].dtype == torch.int8
+        else:
+            assert torch.equal(quantized[name], tensor), name
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny", trust_remote_code=True)
+    kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("base_layer")}
+    assert kinds == {"Linear8bitLt"}
+    picture = model.generate(torch.tensor([[1, 2, 3]]), task="generation")
+    assert model.decode_image_tokens(picture).shape == (1, 3, 32, 32)
+
+
+def test_what_cannot_be_quantised_is_said(tmp_path):
+    sources = sources_of(GOLDEN / "m3")
+    with pytest.raises(CheckpointError, match="no quantisation '2bit'; choose one of 4bit, 8bit"):
+        export(sources, tmp_path / "tiny", quantize="2bit")
+    assert not list(tmp_path.iterdir())

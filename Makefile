@@ -5,7 +5,7 @@ RUN = $(VENV)/bin
 LOWEST_TRANSFORMERS = 5.0.0
 GOLDEN = tests/golden
 
-.PHONY: demo test test-newest test-lowest lint clean
+.PHONY: demo test test-newest test-lowest lint fuzz clean
 
 demo: $(VENV)/installed
 	@rm -rf demo && mkdir demo
@@ -34,6 +34,10 @@ test-newest: $(VENV)/installed
 # The golden tests once more, on the lowest transformers that works; only transformers and what it needs are older.
 test-lowest: $(VENV)/lowest/installed
 	PYTHONPATH=$(VENV)/lowest $(RUN)/python -m pytest tests/test_golden.py
+
+# 1000 spoilt copies of the golden files: every export must be refused in one sentence or provably right.
+fuzz: $(VENV)/installed
+	$(RUN)/python tests/fuzz_export.py 0 1000
 
 $(VENV)/installed: requirements-dev.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+plugins = typer.Typer(help="List the plugins of a checkpoint, take one out, put one in.", no_args_is_help=True)
+app.add_typer(plugins, name="plugin")
+
 Checkpoint = Annotated[
     str,
     typer.Option(
@@ -191,6 +194,63 @@ def export(
     typer.echo(f"{output}")
     if push_to_hub is not None:
         typer.echo(push(output, push_to_hub, public, create_pr))
+
+
+@plugins.command("list")
+def list_plugins(
+    checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """
+    Says which tasks a checkpoint has and what each of them weighs.
+
+    Example: healthgpt plugin list HealthGPT-M3
+    """
+    from ..hub_export.plugins import list_plugins as run
+
+    found = run(checkpoint)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table("task", "tensors", "bytes", title="Plugins")
+    for task, size in found.items():
+        table.add_row(task, f"{size['tensors']:,}", f"{size['bytes']:,}")
+    Console().print(table)
+
+
+@plugins.command("extract")
+def extract_plugin(
+    checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
+    task: Annotated[str, typer.Argument(help="Its task.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make for the plugin.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take the task out of the checkpoint.")] = False,
+) -> None:
+    """
+    Copies the plugin of a task into a folder of its own, and takes it out of the checkpoint if asked to.
+
+    Example: healthgpt plugin extract HealthGPT-M3 generation -o generation-plugin
+    """
+    from ..hub_export.plugins import extract_plugin as run
+
+    run(checkpoint, task, output, remove)
+    typer.echo(f"{output}")
+
+
+@plugins.command("add")
+def add_plugin(
+    checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
+    plugin: Annotated[Path, typer.Argument(help="Folder of a plugin, as extract makes it.")],
+    name: Annotated[str | None, typer.Option(help="Name of the task in this checkpoint; by default its own.")] = None,
+) -> None:
+    """
+    Puts a plugin into a checkpoint, without rewriting what is there.
+
+    Example: healthgpt plugin add HealthGPT-M3 generation-plugin --name ct_to_mri
+    """
+    from ..hub_export.plugins import add_plugin as run
+
+    run(checkpoint, plugin, name)
+    typer.echo(f"{checkpoint}")
 
 
 @app.command()

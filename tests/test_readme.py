@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 def test_shell_then_python(folder):
     shell = snippets("bash")
-    assert len(shell) == 2
+    assert len(shell) == 3
     program = f"{sys.executable} -c 'from healthgpt.app.cli import main; main()'"
     for script in shell:
         script = f'set -e\nhealthgpt() {{ {program} "$@"; }}\n{script}'

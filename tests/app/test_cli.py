@@ -80,6 +80,23 @@ def test_export_info_ask_and_draw(tmp_path, checkpoints):
         assert max(abs(a - b) for a, b in zip(drawn.tobytes(), published.tobytes(), strict=True)) <= 1
 
 
+def test_plugins_are_listed_taken_out_and_put_in(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "checkpoint")
+    sizes = json.loads(healthgpt("plugin", "list", folder, "--json").stdout)
+    assert sizes["comprehension"]["tensors"] == 28
+    assert "comprehension" in healthgpt("plugin", "list", folder).stdout
+    result = healthgpt("plugin", "extract", tmp_path / "checkpoint", "generation", "-o", tmp_path / "p", "--remove")
+    assert result.returncode == 0, result.stderr
+    result = healthgpt("plugin", "add", tmp_path / "checkpoint", tmp_path / "p", "--name", "ct_to_mri")
+    assert result.returncode == 0, result.stderr
+    assert list(json.loads(healthgpt("info", tmp_path / "checkpoint", "--json").stdout)["tasks"]) == [
+        "comprehension",
+        "ct_to_mri",
+    ]
+    again = healthgpt("plugin", "add", tmp_path / "checkpoint", tmp_path / "p", "--name", "ct_to_mri")
+    assert again.returncode == 1 and "has a task 'ct_to_mri' already" in again.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,172 @@
+"""
+Plugins of an exported checkpoint, each in a weight file of its own: listed, copied out, taken out, put in.
+
+A plugin alone is a folder with `plugin.safetensors`, whose tensors have the names of the checkpoint, and
+`plugin_config.json` with its task's name and settings. The shared weight files are never rewritten.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..configuration_healthgpt import HealthGPTConfig, TaskConfig
+from ..modeling_healthgpt import HealthGPTForConditionalGeneration
+from .families import read_json
+from .plan import checkpoint_name, is_finite, list_names
+from .sources import CheckpointError, read_file, reading
+from .write import INDEX_NAME, plugin_file, task_of
+
+WEIGHTS_NAME, CONFIG_NAME = "plugin.safetensors", "plugin_config.json"
+
+
+def list_plugins(checkpoint: Path) -> dict[str, dict[str, int]]:
+    """Number and bytes of the tensors that each task of a checkpoint owns."""
+    config, weight_map = read_checkpoint(checkpoint)
+    found = {task: {"tensors": 0, "bytes": 0} for task in config.tasks}
+    for file in set(weight_map.values()):
+        for name, tensor in read_file(checkpoint / file).items():
+            task = task_of(name, config)
+            if task is not None:
+                found[task]["tensors"] += 1
+                found[task]["bytes"] += torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+    return found
+
+
+def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = False) -> None:
+    """
+    Copies a task's plugin into a folder of its own.
+
+    Args:
+        checkpoint (`Path`): An exported folder.
+        task (`str`): Its task.
+        output (`Path`): Folder to make.
+        remove (`bool`, defaults to `False`): Whether the checkpoint then loses the task.
+
+    Raises:
+        CheckpointError: if there is no such task, or it cannot be taken out.
+        FileExistsError: if the output exists.
+    """
+    config, weight_map = read_checkpoint(checkpoint)
+    if task not in config.tasks:
+        raise CheckpointError(f"{checkpoint} has no task {task!r}; it has {', '.join(config.tasks)}.")
+    if output.exists():
+        raise FileExistsError(f"{output} exists already.")
+    owned = {name for name in weight_map if task_of(name, config) == task}
+    files = {weight_map[name] for name in owned}
+    others = {name for name, file in weight_map.items() if file in files} - owned
+    if remove and others:
+        raise CheckpointError(
+            f"Task {task!r} shares its weight file with other parts of {checkpoint} and cannot be taken out of it; only "
+            "what `healthgpt export` or `plugin add` wrote has a file for each task."
+        )
+    if remove and len(config.tasks) == 1:
+        raise CheckpointError(f"Task {task!r} is the only one of {checkpoint} and cannot be taken out.")
+    tensors = {
+        name: tensor for file in files for name, tensor in load_file(checkpoint / file).items() if name in owned
+    }
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+    write_json(partial / CONFIG_NAME, {"name": task, "task": asdict(config.tasks[task])})
+    partial.rename(output)
+    if remove:
+        weight_map = {name: file for name, file in weight_map.items() if name not in owned}
+        update(checkpoint, weight_map, {name: asdict(kept) for name, kept in config.tasks.items() if name != task})
+        for file in files:
+            (checkpoint / file).unlink()
+
+
+def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None) -> None:
+    """
+    Puts a plugin that lies alone into a checkpoint.
+
+    Args:
+        checkpoint (`Path`): An exported folder.
+        plugin (`Path`): Folder of the plugin, as [`extract_plugin`] makes it.
+        name (`str`, *optional*, defaults to its own): Name of the task in this checkpoint.
+
+    Raises:
+        CheckpointError: if the plugin does not fit the checkpoint, or there is a task of that name; then the checkpoint
+            is as it was.
+    """
+    config, weight_map = read_checkpoint(checkpoint)
+    content = read_json(plugin / CONFIG_NAME)
+    with reading(plugin / CONFIG_NAME):
+        old, task = content["name"], TaskConfig(**content["task"])
+    name = old if name is None else name
+    if name in config.tasks:
+        raise CheckpointError(f"{checkpoint} has a task {name!r} already: give the plugin another name.")
+    if task.token_tables == old:
+        task.token_tables = name
+    read_file(plugin / WEIGHTS_NAME)
+    tensors = {rename(key, old, name): tensor for key, tensor in load_file(plugin / WEIGHTS_NAME).items()}
+    with reading(plugin / CONFIG_NAME):
+        grown = HealthGPTConfig.from_dict(
+            {**config.to_dict(), "tasks": {**config.to_dict()["tasks"], name: asdict(task)}}
+        )
+    with torch.device("meta"):
+        model = HealthGPTForConditionalGeneration(grown)
+    expected = {checkpoint_name(key): value.shape for key, value in model.state_dict().items()}
+    expected = {key: shape for key, shape in expected.items() if task_of(key, grown) == name}
+    for problem, keys in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has besides", tensors.keys() - expected.keys()),
+    ):
+        if keys:
+            raise CheckpointError(f"{plugin} {problem} {list_names(sorted(keys))} of a plugin for {checkpoint}.")
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key]:
+            raise CheckpointError(
+                f"{key} in {plugin} has the shape {list(tensor.shape)}, but {checkpoint} needs {list(expected[key])}."
+            )
+        if not is_finite(tensor):
+            raise CheckpointError(f"{key} in {plugin} has values that are NaN or infinite.")
+    unfinished = checkpoint / f"{plugin_file(name)}.unfinished"
+    save_file(tensors, unfinished, metadata={"format": "pt"})
+    unfinished.rename(checkpoint / plugin_file(name))
+    weight_map = weight_map | dict.fromkeys(tensors, plugin_file(name))
+    update(checkpoint, weight_map, {key: asdict(value) for key, value in grown.tasks.items()})
+
+
+def rename(key: str, old: str, new: str) -> str:
+    for prefix in (".plugins.", ".projectors.", ".token_embeddings.", "token_heads."):
+        key = key.replace(f"{prefix}{old}.", f"{prefix}{new}.")
+    return key
+
+
+def read_checkpoint(checkpoint: Path) -> tuple[HealthGPTConfig, dict[str, str]]:
+    """Configuration of a checkpoint and the file that each of its tensors lies in."""
+    settings = read_json(checkpoint / "config.json")
+    if settings.get("model_type") != HealthGPTConfig.model_type:
+        raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint.")
+    with reading(checkpoint / "config.json"):
+        config = HealthGPTConfig.from_dict(settings)
+    if (checkpoint / INDEX_NAME).is_file():
+        return config, read_json(checkpoint / INDEX_NAME)["weight_map"]
+    return config, dict.fromkeys(read_file(checkpoint / "model.safetensors"), "model.safetensors")
+
+
+def update(checkpoint: Path, weight_map: dict[str, str], tasks: dict[str, dict]) -> None:
+    """Makes processor, index and configuration say the same; stopped in between, loading says what does not fit."""
+    single, numbered = checkpoint / "model.safetensors", "model-00001-of-00001.safetensors"
+    if single.exists():  # one file of all weights is read without an index
+        single.rename(checkpoint / numbered)
+        weight_map = {name: numbered if file == single.name else file for name, file in weight_map.items()}
+    total = sum((checkpoint / file).stat().st_size for file in set(weight_map.values()))
+    processor, config = read_json(checkpoint / "processor_config.json"), read_json(checkpoint / "config.json")
+    keys = ("kind", "default_prompt")
+    processor["tasks"] = {name: {key: task[key] for key in keys} for name, task in tasks.items()}
+    write_json(checkpoint / "processor_config.json", processor)
+    write_json(checkpoint / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(checkpoint / "config.json", {**config, "tasks": tasks})
+
+
+def write_json(path: Path, content: dict) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.rename(path)

@@ -1,0 +1,107 @@
+"""Plugins listed, copied out, taken out and put into checkpoints."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import GOLDEN, inputs_of, weights_of
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from healthgpt.hub_export import CheckpointError
+from healthgpt.hub_export.plugins import add_plugin, extract_plugin, list_plugins
+
+
+@pytest.fixture
+def folder(checkpoints, tmp_path):
+    shutil.copytree(checkpoints("m3").folder, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def answers(folder, case, task):
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = inputs_of(processor, {**case, "task": task})
+    sequences = model.generate(**inputs, task=task, max_new_tokens=case["max_new_tokens"])
+    return sequences[0, inputs["input_ids"].shape[1] :].tolist() == case["generated_ids"]
+
+
+def test_a_plugin_taken_out_and_put_in_again_under_another_name(folder, tmp_path):
+    cases = json.loads((GOLDEN / "m3/cases.json").read_text())["cases"]
+    before = weights_of(folder)
+    shared = (folder / "model-00001-of-00001.safetensors").stat()
+    sizes = list_plugins(folder)
+    assert sizes["comprehension"]["bytes"] < sizes["generation"]["bytes"]
+
+    extract_plugin(folder, "generation", tmp_path / "plugin", remove=True)
+    assert list(list_plugins(folder)) == ["comprehension"]
+    assert answers(folder, cases[1], "comprehension")
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match="has no task 'generation'; it has comprehension"):
+        model.generate(torch.tensor([[1]]), task="generation")
+
+    add_plugin(folder, tmp_path / "plugin", name="ct_to_mri")
+    assert answers(folder, cases[4], "ct_to_mri") and answers(folder, cases[1], "comprehension")
+    assert list_plugins(folder)["ct_to_mri"] == sizes["generation"]
+    after = weights_of(folder)
+    renamed = {name.replace("generation", "ct_to_mri"): tensor for name, tensor in before.items()}
+    assert after.keys() == renamed.keys() and all(torch.equal(after[name], renamed[name]) for name in after)
+    again = (folder / "model-00001-of-00001.safetensors").stat()
+    assert (again.st_ino, again.st_mtime_ns) == (shared.st_ino, shared.st_mtime_ns)
+    assert not list(folder.glob("*.unfinished"))
+
+
+def test_a_plugin_beside_the_others_and_in_a_checkpoint_saved_as_one_file(folder, tmp_path):
+    case = json.loads((GOLDEN / "m3/cases.json").read_text())["cases"][4]
+    extract_plugin(folder, "generation", tmp_path / "plugin")
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(tmp_path / "one")
+    processor.save_pretrained(tmp_path / "one")
+    assert (tmp_path / "one/model.safetensors").is_file()
+    with pytest.raises(CheckpointError, match="shares its weight file with other parts"):
+        extract_plugin(tmp_path / "one", "generation", tmp_path / "out", remove=True)
+    extract_plugin(tmp_path / "one", "generation", tmp_path / "same")
+    assert (
+        load_file(tmp_path / "same/plugin.safetensors").keys()
+        == load_file(tmp_path / "plugin/plugin.safetensors").keys()
+    )
+    add_plugin(tmp_path / "one", tmp_path / "plugin", name="reconstruction")
+    assert list(list_plugins(tmp_path / "one")) == ["comprehension", "generation", "reconstruction"]
+    assert answers(tmp_path / "one", case, "reconstruction") and answers(tmp_path / "one", case, "generation")
+
+
+def test_what_does_not_fit_leaves_the_checkpoint_as_it_was(folder, tmp_path, checkpoints):
+    plugin = tmp_path / "plugin"
+    extract_plugin(folder, "generation", plugin)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    tensors = load_file(plugin / "plugin.safetensors")
+    first = sorted(tensors)[0]
+    for change, message in (
+        ({first: None}, "lacks 1 tensor"),
+        ({"model.projectors.generation.9.bias": torch.zeros(2)}, "has besides 1 tensor"),
+        ({first: torch.zeros(2, 2)}, r"has the shape \[2, 2\], but"),
+        ({first: tensors[first] * torch.nan}, "NaN or infinite"),
+    ):
+        changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+        save_file(changed, plugin / "plugin.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            add_plugin(folder, plugin, name="other")
+    save_file(tensors, plugin / "plugin.safetensors")
+    for call, message in (
+        (lambda: add_plugin(folder, plugin), "has a task 'generation' already"),
+        (lambda: add_plugin(folder, plugin, name="CT to MRI"), "task's name is made of small letters"),
+        (lambda: add_plugin(checkpoints("l14").folder, plugin), "no VQGAN"),
+        (lambda: add_plugin(folder, tmp_path), "plugin_config.json does not exist"),
+        (
+            lambda: extract_plugin(folder, "segmentation", tmp_path / "x"),
+            "no task 'segmentation'; it has comprehension",
+        ),
+        (lambda: extract_plugin(GOLDEN / "m3/base", "generation", tmp_path / "x"), "is no HealthGPT checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            call()
+    with pytest.raises(FileExistsError, match="exists already"):
+        extract_plugin(folder, "generation", plugin)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .families import read_json
 from .plan import ExportSources
 from .sources import CheckpointError
 
@@ -65,7 +66,7 @@ def fetch_file(uri) -> Path:
 
 def push(folder: Path, repository: str, public: bool = False, create_pr: bool = False) -> str:
     """
-    Uploads a finished checkpoint. What the Hub has already is not sent again, so that a broken upload goes on.
+    Uploads the files that an export wrote, and no others that may lie beside them. What the Hub has already is not sent again, so that a broken upload goes on.
 
     Args:
         folder (`Path`): The checkpoint.
@@ -82,7 +83,7 @@ def push(folder: Path, repository: str, public: bool = False, create_pr: bool = 
     with asking(repository):
         api = HfApi()
         api.create_repo(repository, private=not public, exist_ok=True)
-        files = sorted(path.name for path in folder.iterdir())
+        files = read_json(folder / "healthgpt_export.json")["files"]
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,

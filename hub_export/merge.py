@@ -109,6 +109,8 @@ def export(
         (partial / "README.md").write_text(
             build_card(plan, sources, record, name or output.name, preset), encoding="utf-8"
         )
+        record["files"] = sorted(path.name for path in partial.iterdir() if path.name != ".lock")
+        write_record(partial, record)  # what `push` may upload
         if not skip_forward:
             check_forward(plan, partial)
         (partial / ".lock").unlink()
@@ -118,7 +120,7 @@ def export(
     except OSError as error:
         shutil.rmtree(partial)
         raise CheckpointError(f"{output} could not be written, and nothing was kept: {error}.") from error
-    except Exception:
+    except Exception:  # whatever went wrong, nothing half written stays; only an interruption may be resumed
         shutil.rmtree(partial)
         raise
     finally:
@@ -151,9 +153,7 @@ def fill(partial, plan, fingerprint, quantize, progress) -> dict:
     if quantize is not None:
         plan.config.save_pretrained(merged)
         quantize_checkpoint(merged, partial, quantize, plan.config.dtype)
-    record = {"fingerprint": fingerprint, "quantize": quantize, "sources": checksums, "versions": versions()}
-    write_record(partial, record)
-    return record
+    return {"fingerprint": fingerprint, "quantize": quantize, "sources": checksums, "versions": versions()}
 
 
 def fingerprint_of(plan: Plan, sources: ExportSources, *options: str | None) -> str:

@@ -102,13 +102,14 @@ def test_push_load_by_revision_update_code_and_go_offline(hub, tmp_path, checkpo
     shutil.copytree(checkpoints("m3").folder, folder)
     (folder / ".cache").mkdir()
     (folder / ".cache/secret").write_text("not in the plan")
+    (folder / "notes.txt").write_text("not in the plan either")
     pushed = python(hub, tmp_path, PUSH, folder)
     assert pushed.returncode == 0, pushed.stderr
     assert pushed.stdout.strip().endswith("user/tiny")
     repository = hub.repositories["user/tiny"]
     assert repository["private"] is True
     content = repository["revisions"]["main"]
-    expected = {path.name for path in folder.iterdir() if path.is_file()}
+    expected = {path.name for path in folder.iterdir() if path.is_file()} - {"notes.txt"}
     assert set(content) - {".gitattributes"} == expected
     assert all(content[name] == (folder / name).read_bytes() for name in expected)
 

@@ -396,10 +396,10 @@ def print_plan(plan) -> None:
     for transfer in plan.transfers:
         typer.echo(
             f"{transfer.tensor.origin.name}: {transfer.name} {list(transfer.tensor.shape)} -> {transfer.target} "
-            f"{list(transfer.shape)}, {plan.nbytes(transfer):,} bytes"
+            f"{list(transfer.shape)}, {plan.nbytes(transfer):,} bytes, by {transfer.rule.pattern}"
         )
-    for name, tensor, reason in plan.dropped:
-        typer.echo(f"{tensor.origin.name}: {name} {list(tensor.shape)} dropped: {reason}")
+    for name, tensor, rule in plan.dropped:
+        typer.echo(f"{tensor.origin.name}: {name} {list(tensor.shape)} dropped: {rule.reason}, by {rule.pattern}")
     table = Table("part", "parameters", "bytes", title="Parameters")
     parts = count_parameters(plan.config)
     for name, count in {**parts, "total": sum(parts.values())}.items():

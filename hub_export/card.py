@@ -1,12 +1,11 @@
 """The model card of an exported checkpoint."""
 
-from pathlib import Path
-
 from huggingface_hub import ModelCardData
 
-from .plan import ExportSources, Plan
+from ..configuration_healthgpt import HealthGPTConfig
 from .presets import DATASET, PAPER, PRESETS
 
+CARD_NAME = "README.md"
 CARD = """---
 {front_matter}
 ---
@@ -92,25 +91,23 @@ LIMITS_DRAWING = (
 )
 
 
-def build_card(plan: Plan, sources: ExportSources, record: dict, name: str, preset: str | None) -> str:
+def build_card(config: HealthGPTConfig, record: dict) -> str:
     """
     The text of README.md.
 
     Args:
-        plan (`Plan`): What was written.
-        sources (`ExportSources`): As the user named them: the base's name on the Hub becomes `base_model`.
-        record (`dict`): Checksums and versions.
-        name (`str`): Repository or folder under which the checkpoint will be loaded.
-        preset (`str`, *optional*): Which published model it is, if that was said.
+        config (`HealthGPTConfig`): What the checkpoint can do.
+        record (`dict`): Where it comes from, the content of `healthgpt_export.json`: `name` under which it will be
+            loaded, `preset` if that was said, `base_model` if the base was named as on the Hub, `sources` with their
+            checksums, `versions`.
     """
-    published = PRESETS.get(preset)
-    tasks = plan.config.tasks
+    name, published = record["name"], PRESETS.get(record["preset"])
+    tasks = config.tasks
     asks = [task for task, settings in tasks.items() if settings.kind == "text"]
     draws = [task for task, settings in tasks.items() if settings.kind == "image"]
-    base = str(sources.base).removeprefix("hf://").split("@")[0]
     data = ModelCardData(
         license=published.license if published else "other",
-        base_model=base if not Path(sources.base).exists() else published.sources["base"] if published else None,
+        base_model=record["base_model"] or (published.sources["base"] if published else None),
         library_name="transformers",
         pipeline_tag="any-to-any" if draws else "image-text-to-text",
         datasets=[DATASET],

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from .families import read_json
 from .plan import ExportSources
 from .sources import CheckpointError
+from .write import RECORD_NAME
 
 CONFIGURATIONS = ["config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json"]
 CONFIGURATIONS += ["tokenizer.model", "vocab.json", "merges.txt"]
@@ -83,7 +84,7 @@ def push(folder: Path, repository: str, public: bool = False, create_pr: bool = 
     with asking(repository):
         api = HfApi()
         api.create_repo(repository, private=not public, exist_ok=True)
-        files = read_json(folder / "healthgpt_export.json")["files"]
+        files = read_json(folder / RECORD_NAME)["files"]
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,

@@ -9,6 +9,7 @@ finished folder. The same export started again goes on from the weight files tha
 
 import hashlib
 import json
+import logging
 import math
 import platform
 import shutil
@@ -24,12 +25,14 @@ from PIL import Image
 
 from .. import __version__
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
-from .card import build_card
+from .card import CARD_NAME, build_card
 from .hub import fetch
 from .plan import ExportSources, Plan, build_plan
 from .quantize import quantize_checkpoint, require_bitsandbytes
 from .sources import CheckpointError, check_archive, reading
-from .write import Advance, split_into_shards, verify_shard, write_index, write_shard
+from .write import RECORD_NAME, Advance, split_into_shards, verify_shard, write_index, write_json, write_shard
+
+logger = logging.getLogger(__name__)
 
 HUB_FILES = (
     "configuration_healthgpt.py",
@@ -38,7 +41,6 @@ HUB_FILES = (
     "processing_healthgpt.py",
     "vqgan_decoder.py",
 )
-RECORD_NAME = "healthgpt_export.json"
 SPACE_BESIDE_WEIGHTS = 50 * 10**6  # tokenizer, configuration, code
 
 
@@ -106,11 +108,12 @@ def export(
         raise CheckpointError(f"Another export to {output} is under way.") from None
     try:
         record = fill(partial, plan, fingerprint, quantize, progress)
-        (partial / "README.md").write_text(
-            build_card(plan, sources, record, name or output.name, preset), encoding="utf-8"
-        )
+        is_local = Path(sources.base).exists()
+        record["base_model"] = None if is_local else str(sources.base).removeprefix("hf://").split("@")[0]
+        record |= {"name": name or output.name, "preset": preset}
+        (partial / CARD_NAME).write_text(build_card(plan.config, record), encoding="utf-8")
         record["files"] = sorted(path.name for path in partial.iterdir() if path.name != ".lock")
-        write_record(partial, record)  # what `push` may upload
+        write_json(partial / RECORD_NAME, record)  # `push` uploads these files and no others
         if not skip_forward:
             check_forward(plan, partial)
         (partial / ".lock").unlink()
@@ -132,7 +135,7 @@ def fill(partial, plan, fingerprint, quantize, progress) -> dict:
     """Makes the checkpoint in the partial folder, from whatever an earlier run left there, and returns its record."""
     if read_fingerprint(partial) != fingerprint:
         clear(partial)
-        write_record(partial, {"fingerprint": fingerprint})
+        write_json(partial / RECORD_NAME, {"fingerprint": fingerprint})
     merged = partial if quantize is None else partial / "merged"
     merged.mkdir(exist_ok=True)
     require_space(plan, merged, quantize)
@@ -173,12 +176,6 @@ def fingerprint_of(plan: Plan, sources: ExportSources, *options: str | None) -> 
 def read_fingerprint(folder: Path) -> str | None:
     record = folder / RECORD_NAME
     return json.loads(record.read_text()).get("fingerprint") if record.is_file() else None
-
-
-def write_record(folder: Path, record: dict) -> None:
-    unfinished = folder / f"{RECORD_NAME}.unfinished"
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    unfinished.rename(folder / RECORD_NAME)
 
 
 def clear(folder: Path) -> None:
@@ -244,13 +241,17 @@ def write_files(plan: Plan, folder: Path) -> None:
 
 def check_forward(plan: Plan, folder: Path) -> None:
     """
-    Loads the checkpoint and runs every task once on a picture and a word, if memory allows.
+    Loads the checkpoint and runs every task once on a picture and a word, if memory allows; else a warning says so.
 
     Raises:
         CheckpointError: if a task cannot run here, or a logit is not finite.
     """
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if psutil.virtual_memory().available < 1.2 * size:
+    needed = 1.2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    available = psutil.virtual_memory().available
+    if available < needed:
+        logger.warning(
+            "No task was tried: that takes %.1f GB of memory and %.1f GB are free.", needed / 1e9, available / 1e9
+        )
         return
     model = HealthGPTForConditionalGeneration.from_pretrained(folder)
     picture = Image.new("RGB", (64, 48), (90, 120, 150))

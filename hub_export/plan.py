@@ -93,6 +93,7 @@ class Transfer:
     target: str
     name: str
     tensor: LazyTensor
+    rule: rules.Rule
     rows: tuple[int, int] | None = None  # (rows kept, rows after the mean rows are appended)
 
     @property
@@ -142,7 +143,7 @@ class Plan:
     processor: HealthGPTProcessor
     generation_config: GenerationConfig
     transfers: list[Transfer] = field(default_factory=list)
-    dropped: list[tuple[str, LazyTensor, str]] = field(default_factory=list)  # source name, tensor, reason
+    dropped: list[tuple[str, LazyTensor, rules.Rule]] = field(default_factory=list)  # by the name in its source
 
     def nbytes(self, transfer: Transfer) -> int:
         """Size of a tensor of the checkpoint."""
@@ -239,17 +240,17 @@ def add_transfers(plan: Plan, tensors: dict[str, LazyTensor], table: list[rules.
     """Adds one source to the plan, tensor by tensor, each by the rule that covers it."""
     unknown = []
     for name, tensor in tensors.items():
-        rule = rules.apply(table, name)
+        rule = rules.find(table, name)
         if rule is None:
             unknown.append(name)
         elif rule.target is None:
-            plan.dropped.append((name, tensor, rule.reason))
+            plan.dropped.append((name, tensor, rule))
         elif tensor.dtype not in (*DTYPES.values(), torch.float64):
             raise CheckpointError(
                 f"{name} in {tensor.origin} holds {tensor.dtype} instead of floating point numbers of 16, 32 or 64 bits."
             )
         else:
-            plan.transfers.append(Transfer(rule.target, name, tensor, (rows or {}).get(name)))
+            plan.transfers.append(Transfer(rule.rename(name), name, tensor, rule, (rows or {}).get(name)))
     if unknown:
         raise CheckpointError(f"{origin} has {list_names(unknown)} that no rule covers.")
 
@@ -265,7 +266,7 @@ def drop_tied_head(plan: Plan, base_tensors: dict[str, LazyTensor]) -> None:
         raise CheckpointError(
             f"lm_head.weight in {head.origin} differs from the embeddings, to which the base's config.json ties it."
         )
-    plan.dropped.append(("lm_head.weight", head, "the same as the embeddings, to which it is tied"))
+    plan.dropped.append(("lm_head.weight", head, rules.TIED_HEAD))
 
 
 def check_targets(plan: Plan) -> None:

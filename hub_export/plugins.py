@@ -5,7 +5,7 @@ A plugin alone is a folder with `plugin.safetensors`, whose tensors have the nam
 `plugin_config.json` with its task's name and settings. The shared weight files are never rewritten.
 """
 
-import json
+import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration_healthgpt import HealthGPTConfig, TaskConfig
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
+from .card import CARD_NAME, build_card
 from .families import read_json
 from .plan import checkpoint_name, is_finite, list_names
 from .sources import CheckpointError, read_file, reading
-from .write import INDEX_NAME, plugin_file, task_of
+from .write import INDEX_NAME, RECORD_NAME, plugin_file, task_of, write_json
 
 WEIGHTS_NAME, CONFIG_NAME = "plugin.safetensors", "plugin_config.json"
+SINGLE_NAME, NUMBERED_NAME = "model.safetensors", "model-00001-of-00001.safetensors"
 
 
 def list_plugins(checkpoint: Path) -> dict[str, dict[str, int]]:
@@ -130,7 +132,7 @@ def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None) -> None:
     save_file(tensors, unfinished, metadata={"format": "pt"})
     unfinished.rename(checkpoint / plugin_file(name))
     weight_map = weight_map | dict.fromkeys(tensors, plugin_file(name))
-    update(checkpoint, weight_map, {key: asdict(value) for key, value in grown.tasks.items()})
+    update(checkpoint, weight_map, {key: asdict(value) for key, value in grown.tasks.items()}, plugin / WEIGHTS_NAME)
 
 
 def rename(key: str, old: str, new: str) -> str:
@@ -146,27 +148,47 @@ def read_checkpoint(checkpoint: Path) -> tuple[HealthGPTConfig, dict[str, str]]:
         raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint.")
     with reading(checkpoint / "config.json"):
         config = HealthGPTConfig.from_dict(settings)
-    if (checkpoint / INDEX_NAME).is_file():
-        return config, read_json(checkpoint / INDEX_NAME)["weight_map"]
-    return config, dict.fromkeys(read_file(checkpoint / "model.safetensors"), "model.safetensors")
+    if (checkpoint / SINGLE_NAME).is_file():  # transformers too looks for it first
+        return config, dict.fromkeys(read_file(checkpoint / SINGLE_NAME), SINGLE_NAME)
+    return config, read_json(checkpoint / INDEX_NAME)["weight_map"]
 
 
-def update(checkpoint: Path, weight_map: dict[str, str], tasks: dict[str, dict]) -> None:
-    """Makes processor, index and configuration say the same; stopped in between, loading says what does not fit."""
-    single, numbered = checkpoint / "model.safetensors", "model-00001-of-00001.safetensors"
-    if single.exists():  # one file of all weights is read without an index
-        single.rename(checkpoint / numbered)
-        weight_map = {name: numbered if file == single.name else file for name, file in weight_map.items()}
-    total = sum((checkpoint / file).stat().st_size for file in set(weight_map.values()))
-    processor, config = read_json(checkpoint / "processor_config.json"), read_json(checkpoint / "config.json")
+def update(checkpoint: Path, weight_map: dict[str, str], tasks: dict[str, dict], added: Path | None = None) -> None:
+    """
+    Makes index, processor, configuration, record and card say the same.
+
+    `config.json` names the tasks. It is written last when a task is added and first when one is taken out, so that after
+    a kill in between `add_plugin` (with the plugin that was taken out) puts everything right.
+    """
+    config, processor = read_json(checkpoint / "config.json"), read_json(checkpoint / "processor_config.json")
+    old = HealthGPTConfig.from_dict(config)
+    config |= {"tasks": tasks}
+    if added is None:
+        write_json(checkpoint / "config.json", config)
     keys = ("kind", "default_prompt")
     processor["tasks"] = {name: {key: task[key] for key in keys} for name, task in tasks.items()}
     write_json(checkpoint / "processor_config.json", processor)
+    total = sum((checkpoint / file).stat().st_size for file in set(weight_map.values()))
+    weight_map = {name: NUMBERED_NAME if file == SINGLE_NAME else file for name, file in weight_map.items()}
     write_json(checkpoint / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(checkpoint / "config.json", {**config, "tasks": tasks})
+    if (checkpoint / SINGLE_NAME).exists():  # of one file of all weights the index would not be read
+        (checkpoint / SINGLE_NAME).rename(checkpoint / NUMBERED_NAME)
+    if (checkpoint / RECORD_NAME).is_file():
+        update_record(checkpoint, old, HealthGPTConfig.from_dict(config), set(weight_map.values()), added)
+    if added is not None:
+        write_json(checkpoint / "config.json", config)
 
 
-def write_json(path: Path, content: dict) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.rename(path)
+def update_record(checkpoint: Path, old: HealthGPTConfig, new: HealthGPTConfig, weights: set[str], added) -> None:
+    """Brings record and model card up to date; a card that somebody else has written stays as it is."""
+    record, card = read_json(checkpoint / RECORD_NAME), checkpoint / CARD_NAME
+    is_ours = card.is_file() and card.read_text(encoding="utf-8") == build_card(old, record)
+    others = {file for file in record["files"] if not file.endswith(".safetensors")}
+    record |= {"fingerprint": None, "files": sorted(others | weights)}
+    if added is not None:
+        content = added.read_bytes()
+        source = {"file": added.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        record["sources"] = [other for other in record["sources"] if other != source] + [source]
+    if is_ours:
+        card.write_text(build_card(new, record), encoding="utf-8")
+    write_json(checkpoint / RECORD_NAME, record)

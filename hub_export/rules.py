@@ -19,6 +19,9 @@ class Rule:
     target: str | None
     reason: str = ""
 
+    def rename(self, name: str) -> str:
+        return re.fullmatch(self.pattern, name).expand(self.target)
+
 
 # Phi3ForCausalLM and Qwen2ForCausalLM
 BASE = [
@@ -29,6 +32,8 @@ BASE = [
     Rule(r"model\.(norm\.weight)", r"model.language_model.\1"),
     Rule(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", None, "follows from the configuration"),
 ]
+
+TIED_HEAD = Rule(r"lm_head\.weight", None, "the same as the embeddings, to which it is tied")
 
 # CLIPModel or CLIPVisionModel
 VISION = [
@@ -64,10 +69,6 @@ def fusion(tables: str) -> list[Rule]:
     ]
 
 
-def apply(rules: list[Rule], name: str) -> Rule | None:
-    """The rule for a source name with its target spelt out, or None if no rule covers it."""
-    for rule in rules:
-        match = re.fullmatch(rule.pattern, name)
-        if match:
-            return Rule(rule.pattern, None if rule.target is None else match.expand(rule.target), rule.reason)
-    return None
+def find(rules: list[Rule], name: str) -> Rule | None:
+    """The rule that covers a source name, or None."""
+    return next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)

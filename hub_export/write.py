@@ -21,6 +21,7 @@ from .sources import CheckpointError
 MAX_SHARD_BYTES = 5 * 10**9
 BLOCK_BYTES = 2**20  # one call of write with 64 MB was seen to take eight times as long on ext4
 INDEX_NAME = "model.safetensors.index.json"
+RECORD_NAME = "healthgpt_export.json"
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 Advance = Callable[[int], None]  # told how many more bytes are done
@@ -98,7 +99,14 @@ def write_piece(file: BinaryIO, piece: torch.Tensor) -> None:
 def write_index(plan: Plan, shards: dict[str, list[Transfer]], folder: Path) -> None:
     weight_map = {transfer.target: name for name, transfers in shards.items() for transfer in transfers}
     index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_json(folder / INDEX_NAME, index)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a file that is there whole or, after a kill, as it was."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.rename(path)
 
 
 def verify_shard(plan: Plan, transfers: list[Transfer], path: Path, advance: Advance) -> None:

@@ -117,38 +117,45 @@ def is_faithful(plan, folder):
     return True
 
 
+def spoil_and_export(number, clean):
+    """The corruption that a seed stands for, and what becomes of it beside the weights of the clean export."""
+    dice = random.Random(number)
+    with tempfile.TemporaryDirectory() as folder:
+        m3 = Path(folder) / "m3"
+        shutil.copytree(GOLDEN / "m3", m3)
+        corrupt, path = dice.choice(CORRUPTIONS), m3 / dice.choice(FILES)
+        corrupt(path, dice)
+        output = Path(folder) / "out"
+        try:
+            plan = export(sources_of(m3), output, skip_forward=True)
+        except CheckpointError as error:
+            assert "\n" not in str(error) and len(os.listdir(folder)) == 1, (number, str(error))
+            outcome = "refused"
+        else:
+            written = weights_of(output)
+            same = all(torch.equal(tensor, clean[name]) for name, tensor in written.items())
+            outcome = "identical" if same else "faithful"
+            assert same or is_faithful(plan, output), (number, corrupt.__name__, path.name)
+    assert not MARK.exists(), f"seed {number} ran code"
+    return corrupt.__name__, outcome
+
+
 def main(seed, count):
+    with tempfile.TemporaryDirectory() as folder:
+        export(sources_of(GOLDEN / "m3"), Path(folder) / "out", skip_forward=True)
+        clean = weights_of(Path(folder) / "out")
     outcomes = collections.Counter()
     for number in range(seed, seed + count):
-        dice = random.Random(number)
-        with tempfile.TemporaryDirectory() as folder:
-            m3 = Path(folder) / "m3"
-            shutil.copytree(GOLDEN / "m3", m3)
-            corrupt, path = dice.choice(CORRUPTIONS), m3 / dice.choice(FILES)
-            corrupt(path, dice)
-            output = Path(folder) / "out"
-            try:
-                plan = export(sources_of(m3), output, skip_forward=True)
-            except CheckpointError as error:
-                assert "\n" not in str(error) and len(os.listdir(folder)) == 1, (number, str(error))
-                outcome = "refused"
-            except BaseException:
-                print(f"seed {number}: {corrupt.__name__} of {path.name}")
-                raise
-            else:
-                written = weights_of(output)
-                same = all(torch.equal(tensor, CLEAN[name]) for name, tensor in written.items())
-                outcome = "identical" if same else "faithful"
-                assert same or is_faithful(plan, output), (number, corrupt.__name__, path.name)
-        assert not MARK.exists(), f"seed {number} ran code"
-        outcomes[f"{corrupt.__name__}: {outcome}"] += 1
+        try:
+            corruption, outcome = spoil_and_export(number, clean)
+        except BaseException:
+            print(f"seed {number} leads here:")
+            raise
+        outcomes[f"{corruption}: {outcome}"] += 1
         outcomes[outcome] += 1
     for outcome, number in sorted(outcomes.items()):
         print(f"{number:6} {outcome}")
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as clean:
-        export(sources_of(GOLDEN / "m3"), Path(clean) / "out", skip_forward=True)
-        CLEAN = weights_of(Path(clean) / "out")
     main(int(sys.argv[1]), int(sys.argv[2]))

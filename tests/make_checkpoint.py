@@ -52,6 +52,16 @@ MAKES = {
         vision=dict(hidden_size=40, intermediate_size=64, layers=5, heads=5, image_size=45, patch_size=9),
         plugins={"comprehension": (14, 7, 7)},
     ),
+    "made_wide": dict(  # sizes that 4-bit kernels of a CPU take
+        template="phi3_instruct",
+        seed=17,
+        vocab=390,
+        padding=0,
+        text=dict(hidden_size=64, intermediate_size=128, layers=2, heads=4, groups=2, rope_theta=10000.0),
+        vision=dict(hidden_size=24, intermediate_size=40, layers=3, heads=3, image_size=42, patch_size=14),
+        plugins={"comprehension": (8, 16, 4), "generation": (8, 16, 4)},
+        vqgan=dict(n_embed=64, z_channels=24, resolution=24, ch=32, ch_mult=[1, 2], num_res_blocks=1, attn=[12]),
+    ),
 }
 CASES = {
     "comprehension": [

@@ -41,7 +41,7 @@ def test_export_info_ask_and_draw(tmp_path, checkpoints):
     arguments += ["--vqgan", m3 / "vqgan/last.ckpt", "--vqgan-config", m3 / "vqgan/model.yaml", "--output", folder]
     dry = healthgpt(*arguments, "--dry-run")
     assert dry.returncode == 0 and not folder.exists()
-    assert "lm_head.weight [484, 64] -> lm_head.weight [538, 64], 137,728 bytes" in dry.stdout
+    assert "lm_head.weight [484, 64] -> lm_head.weight [538, 64], 137,728 bytes, by lm_head\\.weight\n" in dry.stdout
     assert "logit_scale [] dropped: CLIP's contrastive head is not used" in dry.stdout
     assert "tasks: comprehension (text), generation (image)" in dry.stdout
     result = healthgpt(*arguments)

@@ -58,7 +58,7 @@ def test_every_tensor_is_used_or_dropped_for_a_reason(files):
     with torch.serialization.safe_globals([(object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
         sizes.append(len(torch.load(sources.vqgan, weights_only=True)["state_dict"]))
     assert len(plan.transfers) + len(plan.dropped) == sum(sizes)
-    assert all(reason for _, _, reason in plan.dropped)
+    assert all(rule.reason for _, _, rule in plan.dropped)
     fusion = torch.load(sources.fusion, weights_only=True)["base_model.model.lm_head.weight"]
     assert torch.equal(written["token_heads.generation.weight"], fusion.float())
     base = load_file(sources.base / "model.safetensors")["lm_head.weight"]
@@ -461,7 +461,7 @@ def test_a_tied_base_may_store_its_head_if_it_is_the_same(files):
     save_file(tensors, path)
     plan = export(sources, output)
     assert ("lm_head.weight", "the same as the embeddings, to which it is tied") in [
-        (name, reason) for name, _, reason in plan.dropped
+        (name, rule.reason) for name, _, rule in plan.dropped
     ]
     model = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True)
     assert model.lm_head.weight is model.get_input_embeddings().weight

@@ -1,15 +1,16 @@
 """Plugins listed, copied out, taken out and put into checkpoints."""
 
+import itertools
 import json
 import shutil
 
 import pytest
 import torch
-from conftest import GOLDEN, inputs_of, weights_of
+from conftest import GOLDEN, inputs_of, sources_of, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from healthgpt.hub_export import CheckpointError
+from healthgpt.hub_export import CheckpointError, export, plugins
 from healthgpt.hub_export.plugins import add_plugin, extract_plugin, list_plugins
 
 
@@ -50,6 +51,46 @@ def test_a_plugin_taken_out_and_put_in_again_under_another_name(folder, tmp_path
     again = (folder / "model-00001-of-00001.safetensors").stat()
     assert (again.st_ino, again.st_mtime_ns) == (shared.st_ino, shared.st_mtime_ns)
     assert not list(folder.glob("*.unfinished"))
+
+    record = json.loads((folder / "healthgpt_export.json").read_text())
+    assert set(record["files"]) == {path.name for path in folder.iterdir()}  # `push` takes all of it
+    assert record["sources"][-1]["file"] == "plugin.safetensors"
+    card = (folder / "README.md").read_text()
+    assert "| `ct_to_mri` | image |" in card and "| `generation` |" not in card and 'task="ct_to_mri"' in card
+    with pytest.raises(FileExistsError, match="it holds another export"):
+        export(sources_of(GOLDEN / "m3"), folder)
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_a_kill_while_a_plugin_is_added_or_taken_out_is_put_right_by_adding_it(folder, tmp_path, monkeypatch, stop):
+    case = json.loads((GOLDEN / "m3/cases.json").read_text())["cases"][4]
+    extract_plugin(folder, "generation", tmp_path / "plugin")
+
+    def killed(call):
+        count = itertools.count()
+
+        def write_json(path, content):
+            if path.parent == folder and next(count) == stop:
+                raise KeyboardInterrupt
+            plugins_write_json(path, content)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(plugins, "write_json", write_json)
+            call()
+
+    plugins_write_json = plugins.write_json
+    killed(lambda: add_plugin(folder, tmp_path / "plugin", name="other"))
+    add_plugin(folder, tmp_path / "plugin", name="other")
+    killed(lambda: extract_plugin(folder, "generation", tmp_path / "again", remove=True))
+    if stop > 0:
+        add_plugin(folder, tmp_path / "again")
+    assert answers(folder, case, "generation") and answers(folder, case, "other")
+
+
+def test_a_card_that_somebody_wrote_stays(folder, tmp_path):
+    (folder / "README.md").write_text("Ours.")
+    extract_plugin(folder, "generation", tmp_path / "plugin", remove=True)
+    assert (folder / "README.md").read_text() == "Ours."
 
 
 def test_a_plugin_beside_the_others_and_in_a_checkpoint_saved_as_one_file(folder, tmp_path):

@@ -24,6 +24,20 @@ def test_8_bit_quantises_the_language_models_linears_and_nothing_else(tmp_path, 
     assert model.decode_image_tokens(picture).shape == (1, 3, 32, 32)
 
 
+def test_4_bit_where_the_sizes_allow_it_and_a_sentence_where_not(tmp_path, checkpoints):
+    export(sources_of(checkpoints("made_wide").source), tmp_path / "tiny", quantize="4bit")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny", trust_remote_code=True)
+    kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("base_layer")}
+    assert kinds == {"Linear4bit"}
+    assert model.config.quantization_config.bnb_4bit_quant_type == "nf4"
+    assert model.config.quantization_config.bnb_4bit_use_double_quant
+    picture = model.generate(torch.tensor([[1, 2, 3]]), task="generation")
+    assert model.decode_image_tokens(picture).shape == (1, 3, 24, 24)
+    with pytest.raises(CheckpointError, match="finished checkpoint"):
+        export(sources_of(GOLDEN / "m3"), tmp_path / "golden", quantize="4bit")
+    assert not (tmp_path / "golden").exists()
+
+
 def test_what_cannot_be_quantised_is_said(tmp_path):
     sources = sources_of(GOLDEN / "m3")
     with pytest.raises(CheckpointError, match="no quantisation '2bit'; choose one of 4bit, 8bit"):

@@ -1,0 +1,26 @@
+"""Fixed cases of `fuzz_export.py`, one or more for every kind of corruption and outcome."""
+
+import pytest
+from conftest import weights_of
+from fuzz_export import spoil_and_export
+
+CASES = {
+    "change_tensors": {"refused": [0, 9, 11, 24, 25], "identical": [12], "faithful": [65]},
+    "flip": {"refused": [14, 19], "faithful": [2]},
+    "flip_in_the_head": {"refused": [1, 3, 4], "identical": [114], "faithful": [15]},
+    "splice": {"refused": [5, 29, 30, 33], "identical": [17], "faithful": [6]},
+    "truncate": {"refused": [7, 13]},
+}
+
+
+@pytest.mark.parametrize(
+    "corruption, outcome, seed",
+    [
+        (kind, outcome, seed)
+        for kind, outcomes in CASES.items()
+        for outcome, seeds in outcomes.items()
+        for seed in seeds
+    ],
+)
+def test_a_spoilt_file_is_refused_or_provably_right(checkpoints, corruption, outcome, seed):
+    assert spoil_and_export(seed, weights_of(checkpoints("m3").folder)) == (corruption, outcome)

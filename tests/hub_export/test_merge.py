@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import GOLDEN, sources_of, weights_of
@@ -185,6 +187,7 @@ def test_a_disk_that_is_too_small(files, monkeypatch):
 
 KILLED = """
 import sys
+import types
 from conftest import GOLDEN, sources_of
 from healthgpt.hub_export import export
 def progress(stage, total):
@@ -502,3 +505,10 @@ def test_sources_may_be_given_as_strings(tmp_path):
     m3 = GOLDEN / "xl32"
     export(ExportSources(str(m3 / "base"), str(m3 / "vit"), str(m3 / "com_hlora_weights.bin")), str(tmp_path / "out"))
     assert (tmp_path / "out/config.json").exists()
+
+
+def test_a_forward_that_memory_does_not_allow_is_left_out_and_said(files, monkeypatch, caplog):
+    sources, output = files
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=10**6))
+    export(sources, output)
+    assert "No task was tried" in caplog.text and output.is_dir()

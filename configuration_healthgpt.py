@@ -25,6 +25,7 @@ class TaskConfig:
             abstract level of comprehension, 1 the concrete level of generation.
         token_tables (`str`, *optional*): Name of the embedding table and head of the task. `None` means the base's.
         default_prompt (`str`, *optional*): Instruction used when a message brings a picture but no text.
+        dropout (`float`, defaults to 0.0): Share of the inputs of A that is zeroed during training.
 
     Raises:
         ValueError: if a value is none that the model can be built with; the sentence names it.
@@ -37,6 +38,7 @@ class TaskConfig:
     vision_layer: int
     token_tables: str | None = None
     default_prompt: str | None = None
+    dropout: float = 0.0
 
     def __post_init__(self):
         if self.kind not in ("text", "image"):
@@ -143,11 +145,15 @@ class HealthGPTConfig(PreTrainedConfig):
         self.image_start_token_id = image_start_token_id
         self.image_code_offset = image_code_offset
         for name, task in self.tasks.items():
-            self._validate_task(name, task)
+            self.validate_task(name, task)
         kwargs["tie_word_embeddings"] = self.text_config.tie_word_embeddings
         super().__init__(**kwargs)
 
-    def _validate_task(self, name, task):
+    def validate_task(self, name: str, task: TaskConfig) -> None:
+        """
+        Raises:
+            ValueError: if the name is none, or the task does not fit the rest of the configuration.
+        """
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise ValueError(f"A task's name is made of small letters, digits and underscores, got {name!r}.")
         if task.kind == "image" and (self.vqgan_config is None or self.image_code_offset is None):

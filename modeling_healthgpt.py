@@ -97,13 +97,14 @@ class HLoRA(nn.Module):
         super().__init__()
         self.num_experts = task.num_experts
         self.scaling = task.alpha / task.rank * task.num_experts
+        self.dropout = nn.Dropout(task.dropout)
         self.lora_route = UnquantizedLinear(in_features, task.num_experts, bias=False)
         self.lora_A = UnquantizedLinear(in_features, task.rank, bias=False)
         self.lora_B = UnquantizedLinear(task.rank, out_features, bias=False)
 
     def forward(self, hidden_states):
         weights = self.lora_route(hidden_states).softmax(dim=-1, dtype=torch.float32).to(hidden_states.dtype)
-        factors = (self.lora_A(hidden_states) * self.scaling).unflatten(-1, (self.num_experts, -1))
+        factors = (self.lora_A(self.dropout(hidden_states)) * self.scaling).unflatten(-1, (self.num_experts, -1))
         return self.lora_B((factors * weights.unsqueeze(-1)).flatten(-2))
 
 
@@ -542,6 +543,68 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def add_task(self, name: str, settings: dict, init_from: str | None = None) -> None:
+        """
+        Gives the model a further task, with a plugin and a projector of its own.
+
+        Args:
+            name (`str`): Name of the task.
+            settings (`dict`): Fields of `TaskConfig`. Token tables that the model lacks start as copies of the base's.
+            init_from (`str`, *optional*): Task whose plugin and projector it starts with. Without one they start as
+                [`HLoRALinear`] says.
+
+        Raises:
+            ValueError: if there is such a task already, or its settings do not fit the model or `init_from`.
+        """
+        tasks = self.config.tasks
+        if name in tasks:
+            raise ValueError(f"There is a task {name!r} already: give the new one another name.")
+        if init_from is not None and init_from not in tasks:
+            raise ValueError(f"There is no task {init_from!r} to start from; there are {', '.join(tasks)}.")
+        task = TaskConfig(**settings)
+        self.config.validate_task(name, task)
+        if init_from is not None and (task.rank, task.num_experts) != (
+            tasks[init_from].rank,
+            tasks[init_from].num_experts,
+        ):
+            raise ValueError(
+                f"Task {init_from!r} has rank {tasks[init_from].rank} and {tasks[init_from].num_experts} experts; to start "
+                f"from it {name!r} needs the same."
+            )
+        tasks[name] = task
+        weight = self.lm_head.weight
+        projector = HealthGPTProjector(self.config.vision_config.hidden_size, self.config.text_config.hidden_size)
+        self.model.projectors[name] = projector.to(weight)
+        owners = [self.model.projectors]
+        for module in self.modules():
+            if isinstance(module, HLoRALinear):
+                plugin = HLoRA(task, module.base_layer.in_features, module.base_layer.out_features)
+                nn.init.zeros_(plugin.lora_B.weight)  # A and R are Kaiming-uniform as every new linear
+                module.plugins[name] = plugin.to(weight)
+                owners.append(module.plugins)
+        if init_from is not None:
+            for modules in owners:
+                modules[name].load_state_dict(modules[init_from].state_dict())
+        self.use_token_tables(task.token_tables, [name])
+
+    def use_token_tables(self, tables: str | None, tasks: list[str]) -> None:
+        """
+        Lets tasks use a pair of token tables; a pair that the model lacks starts as a copy of the base's, and one that no
+        task uses any more is dropped.
+
+        Args:
+            tables (`str`, *optional*): Name of the tables; `None` means the base's.
+            tasks (`list[str]`): The tasks.
+        """
+        if tables is not None and tables not in self.token_heads:
+            embeddings = copy.deepcopy(self.get_input_embeddings())
+            self.model.token_embeddings[tables] = embeddings
+            self.token_heads[tables] = copy.deepcopy(self.lm_head)
+        for task in tasks:
+            self.config.tasks[task].token_tables = tables
+        for unused in self.token_heads.keys() - set(self.config.token_tables):
+            del self.token_heads[unused], self.model.token_embeddings[unused]
 
     @torch.no_grad()
     def generate(

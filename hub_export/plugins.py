@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..configuration_healthgpt import HealthGPTConfig, TaskConfig
@@ -38,7 +39,7 @@ def list_plugins(checkpoint: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = False) -> None:
+def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = False, published: bool = False) -> None:
     """
     Copies a task's plugin into a folder of its own.
 
@@ -47,6 +48,8 @@ def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = Fal
         task (`str`): Its task.
         output (`Path`): Folder to make.
         remove (`bool`, defaults to `False`): Whether the checkpoint then loses the task.
+        published (`bool`, defaults to `False`): Whether to write the files and names that HealthGPT was published with:
+            `hlora_weights.bin`, and `fusion_layer_weights.bin` if the task has token tables of its own.
 
     Raises:
         CheckpointError: if there is no such task, or it cannot be taken out.
@@ -58,6 +61,9 @@ def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = Fal
     if output.exists():
         raise FileExistsError(f"{output} exists already.")
     owned = {name for name in weight_map if task_of(name, config) == task}
+    copied, tables = owned, config.tasks[task].token_tables
+    if published and tables is not None:  # other tasks may use them too
+        copied = owned | {f"model.token_embeddings.{tables}.weight", f"token_heads.{tables}.weight"}
     files = {weight_map[name] for name in owned}
     others = {name for name, file in weight_map.items() if file in files} - owned
     if remove and others:
@@ -67,14 +73,18 @@ def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = Fal
         )
     if remove and len(config.tasks) == 1:
         raise CheckpointError(f"Task {task!r} is the only one of {checkpoint} and cannot be taken out.")
-    tensors = {
-        name: tensor for file in files for name, tensor in load_file(checkpoint / file).items() if name in owned
-    }
+    tensors = {}
+    for file in {weight_map[name] for name in copied}:
+        with safe_open(checkpoint / file, framework="pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys() if name in copied}
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
-    write_json(partial / CONFIG_NAME, {"name": task, "task": asdict(config.tasks[task])})
+    if published:
+        for file, content in published_files(task, tables, tensors).items():
+            torch.save(content, partial / file)
+    else:
+        write_plugin(partial, task, asdict(config.tasks[task]), tensors)
     partial.rename(output)
     if remove:
         weight_map = {name: file for name, file in weight_map.items() if name not in owned}
@@ -83,7 +93,7 @@ def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = Fal
             (checkpoint / file).unlink()
 
 
-def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None) -> None:
+def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None, replace: bool = False) -> None:
     """
     Puts a plugin that lies alone into a checkpoint.
 
@@ -91,6 +101,7 @@ def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None) -> None:
         checkpoint (`Path`): An exported folder.
         plugin (`Path`): Folder of the plugin, as [`extract_plugin`] makes it.
         name (`str`, *optional*, defaults to its own): Name of the task in this checkpoint.
+        replace (`bool`, defaults to `False`): Whether it may take the place of a task of that name.
 
     Raises:
         CheckpointError: if the plugin does not fit the checkpoint, or there is a task of that name; then the checkpoint
@@ -101,8 +112,15 @@ def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None) -> None:
     with reading(plugin / CONFIG_NAME):
         old, task = content["name"], TaskConfig(**content["task"])
     name = old if name is None else name
-    if name in config.tasks:
-        raise CheckpointError(f"{checkpoint} has a task {name!r} already: give the plugin another name.")
+    if name in config.tasks and not replace:
+        raise CheckpointError(
+            f"{checkpoint} has a task {name!r} already: give the plugin another name, or ask for it to be replaced."
+        )
+    replaced = {key for key in weight_map if task_of(key, config) == name}
+    if any(weight_map[key] != plugin_file(name) for key in replaced):
+        raise CheckpointError(
+            f"Task {name!r} shares its weight file with other parts of {checkpoint} and cannot be replaced."
+        )
     if task.token_tables == old:
         task.token_tables = name
     read_file(plugin / WEIGHTS_NAME)
@@ -131,8 +149,30 @@ def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None) -> None:
     unfinished = checkpoint / f"{plugin_file(name)}.unfinished"
     save_file(tensors, unfinished, metadata={"format": "pt"})
     unfinished.rename(checkpoint / plugin_file(name))
-    weight_map = weight_map | dict.fromkeys(tensors, plugin_file(name))
+    weight_map = {key: file for key, file in weight_map.items() if key not in replaced}
+    weight_map |= dict.fromkeys(tensors, plugin_file(name))
     update(checkpoint, weight_map, {key: asdict(value) for key, value in grown.tasks.items()}, plugin / WEIGHTS_NAME)
+
+
+def published_files(task: str, tables: str | None, tensors: dict) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors by published file and name: the rules `plugin` and `fusion` backwards."""
+    plugin, fusion = {}, {}
+    for key, tensor in tensors.items():
+        if key == f"model.token_embeddings.{tables}.weight":
+            fusion["base_model.model.model.embed_tokens.weight"] = tensor
+        elif key == f"token_heads.{tables}.weight":
+            fusion["base_model.model.lm_head.weight"] = tensor
+        else:
+            name = key.removeprefix("model.").removeprefix("language_model.")
+            name = name.replace(f".plugins.{task}.", ".").replace(f"projectors.{task}.", "mm_projector.")
+            plugin[f"base_model.model.model.{name}"] = tensor
+    return {"hlora_weights.bin": plugin} | ({"fusion_layer_weights.bin": fusion} if fusion else {})
+
+
+def write_plugin(folder: Path, name: str, task: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes the two files of a plugin that lies alone."""
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    write_json(folder / CONFIG_NAME, {"name": name, "task": task})
 
 
 def rename(key: str, old: str, new: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +120,42 @@ def inputs_of(processor, case):
         return_dict=True,
         return_tensors="pt",
     )
+
+
+SAMPLES = [
+    {"task": "comprehension", "instruction": "What is this?", "response": "A head CT.", "input_image": "ct.png"},
+    {
+        "task": "comprehension",
+        "instruction": "Name both!",
+        "response": " CT, MR ",
+        "input_image": ["ct.png", "mr.png"],
+    },
+    {"task": "generation", "instruction": "Reconstruct.", "input_image": "ct.png", "target_image": "mr.png"},
+    {"task": "generation", "instruction": "Draw a normal chest.", "target_image": "retina.png"},
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with pictures and `both.jsonl`, `comprehension.jsonl`, `generation.jsonl`."""
+    for name in ("ct", "mr", "retina"):
+        shutil.copy(GOLDEN / f"images/{name}.png", tmp_path)
+    for name in ("both", "comprehension", "generation"):
+        lines = [json.dumps(sample) for sample in SAMPLES if name in ("both", sample["task"])]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def load(checkpoints):
+    """Loads a fresh model and its processor by the name of a checkpoint."""
+
+    def get(name="m3", **options):
+        folder = checkpoints(name).folder
+        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options)
+        return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+    return get
 
 
 def pytest_report_header():

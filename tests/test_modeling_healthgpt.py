@@ -494,3 +494,52 @@ def test_what_cannot_be_done_is_said(m3, checkpoints):
         model.generate(task="comprehension")
     with pytest.raises(ValueError, match="Give either input_ids or inputs_embeds"):
         model()
+
+
+def test_a_task_added_to_a_loaded_model(checkpoints, tmp_path):
+    """Its weights start as the class says, or as those of another task; the model saves and loads with it."""
+    folder = checkpoints("m3").folder
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    settings = {"kind": "image", "rank": 32, "alpha": 64, "num_experts": 4, "vision_layer": 1}
+    model.add_task("fresh", settings)
+    model.add_task("copied", settings | {"token_tables": "generation"}, init_from="generation")
+    inputs = {"input_ids": torch.tensor([[1, 5, 9]])}
+    linear = model.model.language_model.layers[0].mlp.down_proj
+    states = torch.randn(2, 3, linear.base_layer.in_features)
+    assert linear.plugins["fresh"](states).abs().max() == 0
+    bound = linear.base_layer.in_features**-0.5
+    for weight in (linear.plugins["fresh"].lora_A.weight, linear.plugins["fresh"].lora_route.weight):
+        assert 0.8 * bound < weight.abs().max() <= bound  # Kaiming-uniform with a = sqrt 5
+    with torch.no_grad():
+        expected = model(**inputs, task="generation").logits
+        assert torch.equal(model(**inputs, task="copied").logits, expected)
+        model.save_pretrained(tmp_path)
+        again = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
+        assert torch.equal(again(**inputs, task="copied").logits, expected)
+        assert torch.equal(again(**inputs, task="fresh").logits, model(**inputs, task="fresh").logits)
+
+    for call, message in (
+        (lambda: model.add_task("fresh", settings), "There is a task 'fresh' already"),
+        (lambda: model.add_task("other", settings, "nothing"), "no task 'nothing' to start from; there are"),
+        (lambda: model.add_task("other", settings, "comprehension"), "has rank 16 and 4 experts; to start from it"),
+        (lambda: model.add_task("Other", settings), "A task's name is made of small letters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert "other" not in model.config.tasks
+
+
+def test_token_tables_shared_by_tasks(checkpoints, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoints("m3").folder, trust_remote_code=True)
+    inputs = {"input_ids": torch.tensor([[1, 5, 9]])}
+    with torch.no_grad():
+        expected = model(**inputs, task="comprehension").logits
+        model.use_token_tables("fusion", ["comprehension", "generation"])
+        assert model.config.token_tables == ["fusion"] == list(model.token_heads)
+        assert torch.equal(model(**inputs, task="comprehension").logits, expected)
+        model.token_heads["fusion"].weight += 1
+        assert not torch.equal(model(**inputs, task="comprehension").logits, expected)
+        model.use_token_tables(None, ["comprehension", "generation"])
+        assert torch.equal(model(**inputs, task="comprehension").logits, expected)
+        model.save_pretrained(tmp_path)
+    AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)

@@ -87,6 +87,35 @@ def test_a_kill_while_a_plugin_is_added_or_taken_out_is_put_right_by_adding_it(f
     assert answers(folder, case, "generation") and answers(folder, case, "other")
 
 
+def test_a_plugin_goes_back_to_the_published_files(folder, tmp_path):
+    for task, files in (("comprehension", ["com_"]), ("generation", ["gen_", "fusion_layer_weights.bin"])):
+        extract_plugin(folder, task, tmp_path / task, published=True)
+        names = [f"{name}hlora_weights.bin" if name.endswith("_") else name for name in files]
+        assert {path.name for path in (tmp_path / task).iterdir()} == {name.removeprefix(files[0]) for name in names}
+        for name in names:
+            expected = torch.load(GOLDEN / "m3" / name, weights_only=True)
+            written = torch.load(tmp_path / task / name.removeprefix(files[0]), weights_only=True)
+            assert written.keys() == expected.keys()
+            assert all(torch.equal(written[key], expected[key].to(written[key].dtype)) for key in expected)
+
+
+def test_a_plugin_takes_the_place_of_another_only_when_asked(folder, tmp_path):
+    case = json.loads((GOLDEN / "m3/cases.json").read_text())["cases"][4]
+    extract_plugin(folder, "generation", tmp_path / "plugin")
+    tensors = load_file(tmp_path / "plugin/plugin.safetensors")
+    changed = {name: tensor * 2 if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(changed, tmp_path / "plugin/plugin.safetensors")
+    with pytest.raises(CheckpointError, match="give the plugin another name, or ask for it to be replaced"):
+        add_plugin(folder, tmp_path / "plugin")
+    add_plugin(folder, tmp_path / "plugin", replace=True)
+    written = weights_of(folder)
+    assert all(torch.equal(written[name], tensor) for name, tensor in changed.items())
+    assert not answers(folder, case, "generation")
+    save_file(tensors, tmp_path / "plugin/plugin.safetensors")
+    add_plugin(folder, tmp_path / "plugin", replace=True)
+    assert answers(folder, case, "generation")
+
+
 def test_a_card_that_somebody_wrote_stays(folder, tmp_path):
     (folder / "README.md").write_text("Ours.")
     extract_plugin(folder, "generation", tmp_path / "plugin", remove=True)

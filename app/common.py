@@ -1,0 +1,103 @@
+"""What the commands share: options, and loading a checkpoint as a Python user does."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        envvar="HEALTHGPT_CHECKPOINT",
+        help="Exported folder or Hub repository, whose code is run.",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")]
+
+
+def load(checkpoint: str, device: str | None, dtype: str | None):
+    """Model and processor of a checkpoint, as a Python user loads them."""
+    require_checkpoint(checkpoint)
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"There is no dtype {dtype!r}; choose one of float32, bfloat16, float16.")
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"The device {device!r} cannot be used here: {reason}.") from error
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype or "auto")
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {checkpoint} are damaged: {error}.") from error
+    return model.to(device), processor
+
+
+def require_checkpoint(checkpoint: str) -> None:
+    """Refuses what is neither a folder nor the name of a Hub repository, and checkpoints of other models."""
+    if not Path(checkpoint).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        raise ValueError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
+    from transformers import PreTrainedConfig
+
+    if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
+        raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
+    model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
+    if model_type != "healthgpt":
+        raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: its config.json is that of a {model_type} model.")
+
+
+def require_kind(model, task: str, kind: str) -> None:
+    """Refuses a task that puts out something else than the command is for."""
+    tasks = model.config.tasks
+    if task not in tasks or tasks[task].kind != kind:
+        able = ", ".join(name for name, settings in tasks.items() if settings.kind == kind) or "none"
+        verb = "answers in words" if kind == "text" else "draws"
+        raise ValueError(f"This checkpoint has no task {task!r} that {verb}; those that do: {able}.")
+
+
+def prepare(model, processor, messages: list[dict], task: str):
+    """Model inputs of one conversation on the model's device."""
+    inputs = processor.apply_chat_template(
+        messages, task=task, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return inputs.to(model.device)
+
+
+def count_parameters(config) -> dict[str, int]:
+    """Number of parameters by part of the model."""
+    import torch
+
+    from ..modeling_healthgpt import HealthGPTForConditionalGeneration
+
+    with torch.device("meta"):
+        model = HealthGPTForConditionalGeneration(config)
+    parts = {}
+    for name, tensor in model.named_parameters():
+        parts[part_of(name)] = parts.get(part_of(name), 0) + tensor.numel()
+    return parts
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, in words."""
+    if ".plugins." in name:
+        return f"plugin of {name.split('.plugins.')[1].split('.')[0]}"
+    for prefix, part in (
+        ("model.vision_tower.", "vision tower"),
+        ("model.vqgan.", "VQGAN"),
+        ("model.token_embeddings.", "token tables"),
+        ("token_heads.", "token tables"),
+    ):
+        if name.startswith(prefix):
+            return part
+    return f"projector of {name.split('.')[2]}" if name.startswith("model.projectors.") else "language model"

@@ -1,0 +1,177 @@
+"""`healthgpt export` and `healthgpt plugin`: checkpoints made and changed."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from .common import count_parameters
+
+plugins = typer.Typer(help="List the plugins of a checkpoint, take one out, put one in.", no_args_is_help=True)
+
+
+def export(
+    output: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
+    preset: Annotated[
+        str | None, typer.Option(help="m3, l14 or xl32: takes from the Hub what is not given here.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Folder or Hub repository of the language model.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Folder or Hub repository of the CLIP model.")] = None,
+    comprehension: Annotated[
+        str | None, typer.Option(help="com_hlora_weights.bin or its like; a path or hf://user/name/file.")
+    ] = None,
+    comprehension_alpha: Annotated[float | None, typer.Option(help="Its alpha; by default twice its rank.")] = None,
+    generation: Annotated[str | None, typer.Option(help="gen_hlora_weights.bin or its like.")] = None,
+    generation_alpha: Annotated[float | None, typer.Option(help="Its alpha; by default twice its rank.")] = None,
+    fusion: Annotated[str | None, typer.Option(help="fusion_layer_weights.bin.")] = None,
+    vqgan: Annotated[str | None, typer.Option(help="last.ckpt of the VQGAN.")] = None,
+    vqgan_config: Annotated[str | None, typer.Option(help="model.yaml of the VQGAN.")] = None,
+    num_codes: Annotated[
+        int | None, typer.Option(help="Image codes in the vocabulary when no VQGAN tells; 8192 as published.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the base's.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="4bit or 8bit: writes a bitsandbytes checkpoint.")] = None,
+    skip_forward: Annotated[
+        bool, typer.Option("--skip-forward", help="Do not run every task once at the end.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
+    ] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Repository user/name to upload the result to.")] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public; by default private.")
+    ] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request on the repository.")] = False,
+) -> None:
+    """
+    Merges the published files into one checkpoint that from_pretrained loads.
+
+    What an interrupted export has finished is kept beside the output, and the same command goes on from there.
+
+    Example: healthgpt export --base Phi-3-mini-4k-instruct --vision clip-vit-large-patch14-336
+    --comprehension com_hlora_weights.bin --output HealthGPT-M3
+    """
+    from ..hub_export import ExportSources, push
+    from ..hub_export import export as run
+    from ..hub_export.hub import fetch
+    from ..hub_export.plan import build_plan
+    from ..hub_export.presets import PRESETS
+
+    named = {
+        "base": base,
+        "vision": vision,
+        "comprehension": comprehension,
+        "comprehension_alpha": comprehension_alpha,
+        "generation": generation,
+        "generation_alpha": generation_alpha,
+        "fusion": fusion,
+        "vqgan": vqgan,
+        "vqgan_config": vqgan_config,
+        "num_codes": num_codes,
+    }
+    named = {name: value for name, value in named.items() if value is not None}
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+        named = PRESETS[preset].sources | named
+    missing = [f"--{name}" for name in ("base", "vision") if name not in named]
+    if missing:
+        raise ValueError(f"The export needs {' and '.join(missing)}, or a --preset that names them.")
+    sources = ExportSources(**named)
+    if dry_run:
+        print_plan(build_plan(fetch(sources), dtype))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+
+        def progress(stage, total):
+            bar = bars.add_task(stage, total=total)
+            return lambda nbytes: bars.advance(bar, nbytes)
+
+        run(sources, output, dtype, quantize, skip_forward, push_to_hub, preset, progress)
+    typer.echo(f"{output}")
+    if push_to_hub is not None:
+        typer.echo(push(output, push_to_hub, public, create_pr))
+
+
+@plugins.command("list")
+def list_plugins(
+    checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """
+    Says which tasks a checkpoint has and what each of them weighs.
+
+    Example: healthgpt plugin list HealthGPT-M3
+    """
+    from ..hub_export.plugins import list_plugins as run
+
+    found = run(checkpoint)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table("task", "tensors", "bytes", title="Plugins")
+    for task, size in found.items():
+        table.add_row(task, f"{size['tensors']:,}", f"{size['bytes']:,}")
+    Console().print(table)
+
+
+@plugins.command("extract")
+def extract_plugin(
+    checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
+    task: Annotated[str, typer.Argument(help="Its task.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make for the plugin.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take the task out of the checkpoint.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Write .bin files with the published names of tensors.")
+    ] = False,
+) -> None:
+    """
+    Copies the plugin of a task into a folder of its own, and takes it out of the checkpoint if asked to.
+
+    Example: healthgpt plugin extract HealthGPT-M3 generation -o generation-plugin
+    """
+    from ..hub_export.plugins import extract_plugin as run
+
+    run(checkpoint, task, output, remove, published)
+    typer.echo(f"{output}")
+
+
+@plugins.command("add")
+def add_plugin(
+    checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
+    plugin: Annotated[Path, typer.Argument(help="Folder of a plugin, as extract makes it.")],
+    name: Annotated[str | None, typer.Option(help="Name of the task in this checkpoint; by default its own.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Take the place of a task of that name.")] = False,
+) -> None:
+    """
+    Puts a plugin into a checkpoint, without rewriting what is there.
+
+    Example: healthgpt plugin add HealthGPT-M3 generation-plugin --name ct_to_mri
+    """
+    from ..hub_export.plugins import add_plugin as run
+
+    run(checkpoint, plugin, name, replace)
+    typer.echo(f"{checkpoint}")
+
+
+def print_plan(plan) -> None:
+    """Every source tensor with its rule, its target or the reason why it is dropped, and sizes; then the parts."""
+    for transfer in plan.transfers:
+        typer.echo(
+            f"{transfer.tensor.origin.name}: {transfer.name} {list(transfer.tensor.shape)} -> {transfer.target} "
+            f"{list(transfer.shape)}, {plan.nbytes(transfer):,} bytes, by {transfer.rule.pattern}"
+        )
+    for name, tensor, rule in plan.dropped:
+        typer.echo(f"{tensor.origin.name}: {name} {list(tensor.shape)} dropped: {rule.reason}, by {rule.pattern}")
+    table = Table("part", "parameters", "bytes", title="Parameters")
+    parts = count_parameters(plan.config)
+    for name, count in {**parts, "total": sum(parts.values())}.items():
+        table.add_row(name, f"{count:,}", f"{count * plan.config.dtype.itemsize:,}")
+    Console().print(table)
+    tasks = ", ".join(f"{name} ({task.kind})" for name, task in plan.config.tasks.items())
+    typer.echo(f"{plan.total_bytes / 1e9:.3f} GB of weights as {plan.config.dtype}; tasks: {tasks}")

@@ -1,0 +1,160 @@
+"""`healthgpt train`: one stage of training, from a checkpoint and JSON lines to a plugin or a checkpoint."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Checkpoint, Device, Dtype, load
+
+
+def train(
+    data: Annotated[Path, typer.Argument(help="JSON lines: task, instruction, response, input_image, target_image.")],
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the plugin, logs and checkpoints.")],
+    stage: Annotated[str, typer.Option(help="alignment, fusion or instruction.")] = "instruction",
+    task: Annotated[
+        str | None, typer.Option(help="Task of the samples that name none; a new one needs --kind or --init-from.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="text or image: what the new task puts out.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option(help="Task with whose settings and weights the new one starts.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Total rank of the new task; 64 for text, 256 for image.")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Experts of the new task; 4 as published.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="H-LoRA alpha of the new task; twice its rank.")] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="JSON lines whose loss is logged after every epoch.")] = None,
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps, in place of --epochs.")] = -1,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples of a step, over all processes.")] = None,
+    per_device_batch_size: Annotated[int, typer.Option(min=1, help="Samples that a process takes at once.")] = 1,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of plugin or token tables; those of the projector are scaled with it.")
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(min=0, max=1, help="Dropout of H-LoRA.")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of the longest sample.")] = 2048,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
+    ] = False,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 500,
+    logging_steps: Annotated[int, typer.Option(min=1, help="Steps between two lines of the log.")] = 10,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of order, dropout and new weights.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """
+    Trains one stage of a checkpoint: plugin and projector of the tasks in the data, or token tables for all of them.
+
+    Writes what was trained: a folder for `healthgpt plugin add` for each task, or after --stage fusion a whole checkpoint.
+    Several processes: torchrun --nproc-per-node 2 -m healthgpt train ...
+
+    Example: healthgpt train pairs.jsonl -c HealthGPT-M3 -o ct-to-mri --task ct_to_mri --init-from generation
+    """
+    import transformers
+
+    from ..training import (
+        RECIPES,
+        STAGES,
+        HealthGPTTrainer,
+        TrainingCollator,
+        add_codes,
+        add_task,
+        last_checkpoint,
+        read_samples,
+        save_plugin,
+        training_arguments,
+    )
+
+    if stage not in STAGES:
+        raise ValueError(f"There is no stage {stage!r}; choose one of {', '.join(STAGES)}.")
+    if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; --resume goes on with the run in it.")
+    model, processor = load(checkpoint, device, dtype)
+    transformers.set_seed(seed)
+    tasks = model.config.tasks
+    if task is not None and task not in tasks:
+        chosen = {"kind": kind, "rank": rank, "num_experts": experts, "alpha": alpha}
+        add_task(model, processor, task, new_settings(tasks, task, init_from, chosen), init_from)
+    elif any(option is not None for option in (kind, init_from, rank, experts, alpha)):
+        raise ValueError("--kind, --init-from, --rank, --experts and --alpha are for a --task that is new.")
+
+    kinds = {name: settings.kind for name, settings in tasks.items()}
+    samples = read_samples(data, kinds, task)
+    held_out = None if eval_data is None else read_samples(eval_data, kinds, task)
+    trained = sorted(set(samples["task"]))
+    recipes = {name: RECIPES[stage, kinds[name]] for name in trained}
+    if stage != "fusion" and len({kinds[name] for name in trained}) > 1:
+        raise ValueError(
+            f"{data} has tasks of both kinds, {', '.join(trained)}; this stage trains one kind at a time."
+        )
+    recipe = recipes[trained[0]]
+    if learning_rate is not None:
+        factor = learning_rate / max(recipe.learning_rates.values())
+        rates = {part: rate * factor for part, rate in recipe.learning_rates.items()}
+        recipe = replace(recipe, learning_rates=rates)
+    recipe = replace(recipe, batch_size=batch_size or recipe.batch_size)
+    recipe = replace(recipe, dropout=recipe.dropout if dropout is None else dropout)
+    if stage == "fusion":
+        model.use_token_tables("fusion", list(tasks))
+
+    arguments = training_arguments(
+        recipe,
+        model,
+        output,
+        per_device_batch_size,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        gradient_checkpointing=gradient_checkpointing,
+        save_steps=save_steps,
+        logging_steps=logging_steps,
+        eval_strategy="no" if held_out is None else "epoch",
+        dataloader_num_workers=workers,
+        seed=seed,
+        use_cpu=model.device.type == "cpu",
+        report_to="tensorboard",
+    )
+    with arguments.main_process_first():
+        samples = add_codes(samples, model, processor)
+        held_out = None if held_out is None else add_codes(held_out, model, processor)
+    trainer = HealthGPTTrainer(
+        model,
+        recipe,
+        trained,
+        args=arguments,
+        train_dataset=samples,
+        eval_dataset=held_out,
+        data_collator=TrainingCollator(processor, max_length),
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
+    if not trainer.is_world_process_zero():
+        return
+    if stage == "fusion":
+        model.to(model.config.dtype).save_pretrained(output / "checkpoint", max_shard_size="5GB")
+        processor.save_pretrained(output / "checkpoint")
+        typer.echo(f"{output / 'checkpoint'}")
+        return
+    for name in trained:
+        (output / name).mkdir(exist_ok=True)
+        save_plugin(model, name, output / name)
+        typer.echo(f"{output / name}")
+
+
+def new_settings(tasks, name: str, init_from: str | None, chosen: dict) -> dict:
+    """Settings of a new task: those of the one it starts from, or as HealthGPT-M3 was published, and what was chosen."""
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    if init_from in tasks:
+        return asdict(tasks[init_from]) | chosen
+    if "kind" not in chosen:
+        raise ValueError(
+            f"Task {name!r} is new: say its --kind, text or image, or a task of this checkpoint to --init-from."
+        )
+    draws = chosen["kind"] == "image"
+    rank = chosen.get("rank", 256 if draws else 64)
+    settings = {"rank": rank, "alpha": 2 * rank, "num_experts": 4, "vision_layer": 1 if draws else -2}
+    tables = [settings.token_tables for settings in tasks.values() if settings.kind == chosen["kind"]]
+    return settings | {"token_tables": tables[0] if tables else None} | chosen

@@ -1,0 +1,123 @@
+"""Samples and batches: the prompts of inference, labels on the answer only, codes computed once."""
+
+import json
+
+import pytest
+import torch
+from conftest import CHECKPOINTS, GOLDEN
+from PIL import Image
+
+from healthgpt.training import TrainingCollator, add_codes, read_samples
+
+TASKS = {"comprehension": "text", "generation": "image"}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_prompts_are_those_of_inference_and_labels_the_answer(load, name):
+    model, processor = load(name)
+    collate = TrainingCollator(processor)
+    draws = "generation" in model.config.tasks
+    answers = [" A head CT.", "No <b>lesion</b>,\nbut 2 cysts."]
+    samples = [{"task": "comprehension", "response": answer, "codes": None} for answer in answers]
+    samples[0] |= {"instruction": "What is this?", "input_image": [GOLDEN / "images/ct.png"]}
+    samples[1] |= {"instruction": "And the two others?", "input_image": [GOLDEN / "images/mr.png"] * 2}
+    if draws:
+        codes = [code % model.config.vqgan_config.num_codes for code in range(model.config.num_image_codes)]
+        samples.append({"task": "generation", "instruction": "Draw a chest.", "input_image": [], "codes": codes})
+    batch = collate(samples)
+    stop = torch.tensor(model.generation_config.eos_token_id)
+    for row, sample in enumerate(samples):
+        pictures = [{"type": "image", "image": path} for path in sample["input_image"]]
+        content = [*pictures, {"type": "text", "text": sample["instruction"]}]
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            task=sample["task"],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )["input_ids"][0]
+        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        labels = batch["labels"][row][batch["attention_mask"][row].bool()]
+        assert torch.equal(ids[: len(prompt)], prompt) and (labels[: len(prompt)] == -100).all()
+        assert torch.equal(labels[len(prompt) :], ids[len(prompt) :])
+        assert torch.isin(ids[-1], stop)
+        if sample["codes"] is None:
+            text = processor.decode(ids[len(prompt) :], skip_special_tokens=True)
+            assert text.strip() == sample["response"].strip()
+        else:
+            written = ids[len(prompt) : -2] - model.config.image_code_offset
+            assert written.tolist() == sample["codes"]
+            assert processor.tokenizer.convert_ids_to_tokens(int(ids[-2])) == "<end_index>"
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    with torch.no_grad():
+        assert model(**batch).loss.isfinite()
+
+
+def test_the_loss_of_a_batch_is_that_of_the_published_computation(m3):
+    """The golden cases give the loss of a prompt and the ids that follow it, without the end of the turn."""
+    checkpoint, model, processor = m3
+    collate = TrainingCollator(processor)
+    for case in (case for case in checkpoint.cases if "loss" in case):
+        ids = torch.tensor(case["generated_ids"])
+        codes = (ids - model.config.image_code_offset).tolist() if case["task"] == "generation" else None
+        paths = [GOLDEN / f"images/{name}.png" for name in ([case["image"]] if case["image"] else [])]
+        sample = {"task": case["task"], "instruction": case["question"], "input_image": paths, "codes": codes}
+        batch = collate([sample | {"response": "x"}])
+        if codes is None:  # the golden answer is no text that can be tokenised again
+            continue
+        batch["labels"][:, -2:] = -100
+        with torch.no_grad():
+            assert abs(model(**batch).loss.item() - case["loss"]) < 1e-4
+
+
+def test_codes_are_those_of_the_encoder_and_computed_once(data, load, monkeypatch):
+    model, processor = load()
+    samples = read_samples(data / "both.jsonl", TASKS)
+    codes = add_codes(samples, model, processor)["codes"]
+    expected = model.encode_image(processor.process_target_images([data / "mr.png"]))
+    assert codes[0] is None and codes[2] == expected[0].tolist()
+    monkeypatch.setattr(type(model), "encode_image", None)
+    assert list(add_codes(samples, model, processor)["codes"]) == list(codes)
+    Image.open(data / "ct.png").save(data / "mr.png")
+    with pytest.raises(TypeError):
+        add_codes(read_samples(data / "both.jsonl", TASKS), model, processor)
+
+
+def test_too_long_samples(m3):
+    _, _, processor = m3
+    sample = {"task": "comprehension", "instruction": "Why?", "response": "x " * 300, "input_image": [], "codes": None}
+    whole = TrainingCollator(processor)([sample])["input_ids"].shape[1]
+    cut = TrainingCollator(processor, max_length=100)([sample])
+    assert whole > 300 and cut["input_ids"].shape[1] == 100 and cut["labels"][0, -1] != -100
+    with pytest.raises(ValueError, match=r"prompt of .* tokens and needs 1 more, but samples may have 5"):
+        TrainingCollator(processor, max_length=5)([sample])
+    with pytest.raises(ValueError, match="needs 66 more, but samples may have 80"):
+        TrainingCollator(processor, max_length=80)([sample | {"task": "generation", "codes": [0] * 64}])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"task": "segmentation"}, "its task is 'segmentation', but the tasks are comprehension, generation"),
+        ({"instruction": ""}, "needs a text as its instruction"),
+        ({"response": None}, "needs a text as its response"),
+        ({"target_image": "ct.png"}, "has no target_image"),
+        ({"input_image": "missing.png"}, "there is no picture"),
+        ({"picture": "ct.png"}, "the fields task, instruction, response, input_image, target_image and no others"),
+    ],
+)
+def test_a_line_that_is_no_sample_is_named(data, change, message):
+    good = json.loads((data / "comprehension.jsonl").read_text().splitlines()[0])
+    (data / "bad.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({**good, **change}) + "\n")
+    with pytest.raises(ValueError, match=f"Line 2 of .*bad.jsonl is no sample: .*{message}"):
+        read_samples(data / "bad.jsonl", TASKS)
+
+
+def test_files_that_are_no_json_lines(data):
+    (data / "bad.jsonl").write_text("{]\n")
+    with pytest.raises(ValueError, match=r"Line 1 of .* is no sample: Expecting property name"):
+        read_samples(data / "bad.jsonl", TASKS)
+    (data / "bad.jsonl").write_text("")
+    with pytest.raises(ValueError, match="has no samples"):
+        read_samples(data / "bad.jsonl", TASKS)

@@ -1,0 +1,160 @@
+"""What is trained and with what, resuming, precisions, quantised bases and several processes."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from healthgpt.training import (
+    RECIPES,
+    HealthGPTTrainer,
+    TrainingCollator,
+    add_codes,
+    add_task,
+    last_checkpoint,
+    read_samples,
+    training_arguments,
+)
+
+
+def trainer_of(data, model, processor, stage, name, output, batch_size=2, **options):
+    kinds = {task: settings.kind for task, settings in model.config.tasks.items()}
+    samples = add_codes(read_samples(data / f"{name}.jsonl", kinds), model, processor)
+    tasks = sorted(set(samples["task"]))
+    recipe = replace(RECIPES[stage, kinds[tasks[0]]], batch_size=batch_size)
+    options = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True} | options
+    arguments = training_arguments(recipe, model, output, **options)
+    return HealthGPTTrainer(
+        model, recipe, tasks, args=arguments, train_dataset=samples, data_collator=TrainingCollator(processor)
+    )
+
+
+@pytest.mark.parametrize(
+    "stage, name, trained",
+    [
+        ("alignment", "comprehension", {"model.projectors.comprehension.": 1e-3}),
+        ("alignment", "generation", {"model.projectors.generation.": 2e-5, ".plugins.generation.": 2e-4}),
+        ("fusion", "both", {"model.token_embeddings.fusion.": 2e-4, "token_heads.fusion.": 2e-4}),
+        ("instruction", "comprehension", {"model.projectors.comprehension.": 2e-5, ".plugins.comprehension.": 2e-4}),
+    ],
+)
+def test_a_stage_changes_its_parts_with_their_rates_and_nothing_else(data, load, tmp_path, stage, name, trained):
+    model, processor = load()
+    if stage == "fusion":
+        model.use_token_tables("fusion", ["comprehension", "generation"])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trainer = trainer_of(data, model, processor, stage, name, tmp_path / "run", warmup_steps=0)
+    trainer.train()
+    rates = {parameter: group["lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert all(group["weight_decay"] == 0 for group in trainer.optimizer.param_groups)
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
+    for key, value in model.named_parameters():
+        rate = next((rate for part, rate in trained.items() if part in key), None)
+        assert rates.get(value) == rate, key
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed and all(any(part in key for part in trained) for key in changed)
+    for part in trained:
+        assert any(part in key for key in changed)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(data, load, tmp_path):
+    for folder, stops in (("whole", [4]), ("killed", [3, 4])):
+        for steps in stops:
+            model, processor = load()
+            trainer = trainer_of(
+                data, model, processor, "instruction", "generation", tmp_path / folder, max_steps=4, save_steps=2
+            )
+            if steps < 4:  # after checkpoint 2, and in the middle of writing checkpoint 3
+                trainer.args.max_steps = 3
+                trainer.train()
+                (tmp_path / folder / "checkpoint-3/trainer_state.json").unlink()
+            else:
+                trainer.train(resume_from_checkpoint=last_checkpoint(tmp_path / folder))
+    assert last_checkpoint(tmp_path / "killed").endswith("checkpoint-4")
+    whole, killed = (
+        load_file(tmp_path / folder / "checkpoint-4/trained.safetensors") for folder in ("whole", "killed")
+    )
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+def test_gradient_checkpointing_and_accumulation_change_nothing(data, load, tmp_path):
+    results = []
+    for options in ({}, {"gradient_checkpointing": True}, {"per_device_batch_size": 2}):
+        model, processor = load()
+        trainer = trainer_of(data, model, processor, "instruction", "generation", tmp_path / "run", **options)
+        trainer.train()
+        results.append({key: value.detach().clone() for key, value in trainer.trained_state().items()})
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, atol=2e-5, rtol=0)
+        # Dropout falls on other samples when they come two at a time, hence the wider margin.
+        torch.testing.assert_close(results[2][key], value, atol=5e-4, rtol=0)
+
+
+def test_dropout_is_that_of_the_recipe_and_off_at_inference(data, load, tmp_path):
+    model, processor = load()
+    inputs = processor(text="A word.", return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs, task="generation").logits
+        trainer_of(data, model, processor, "instruction", "generation", tmp_path / "run")
+        plugin = model.model.language_model.layers[0].mlp.down_proj.plugins["generation"]
+        assert plugin.dropout.p == model.config.tasks["generation"].dropout == 0.05
+        assert torch.equal(model.eval()(**inputs, task="generation").logits, expected)
+        assert not torch.equal(model.train()(**inputs, task="generation").logits, expected)
+
+
+def test_a_half_precision_base_trains_in_mixed_precision(data, load, tmp_path):
+    model, processor = load(dtype=torch.bfloat16)
+    trainer = trainer_of(data, model, processor, "instruction", "generation", tmp_path / "run")
+    trainer.train()
+    assert trainer.args.bf16 and {value.dtype for value in trainer.trained_state().values()} == {torch.float32}
+    frozen = {value.dtype for value in model.parameters() if not value.requires_grad}
+    assert frozen == {torch.bfloat16}
+
+
+def test_a_plugin_trains_on_a_4_bit_base(data, load, tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model, processor = load("made_wide", quantization_config=settings, dtype=torch.bfloat16)
+    settings = {"kind": "image", "rank": 8, "alpha": 16, "num_experts": 4, "vision_layer": 1}
+    add_task(model, processor, "ct_to_mri", settings)
+    text = (data / "generation.jsonl").read_text().replace('"generation"', '"ct_to_mri"')
+    (data / "pairs.jsonl").write_text(text)
+    trainer = trainer_of(data, model, processor, "instruction", "pairs", tmp_path / "run", max_steps=1, warmup_steps=0)
+    base = model.model.language_model.layers[0].mlp.down_proj.base_layer
+    assert type(base).__name__ == "Linear4bit"
+    before = {key: value.detach().clone() for key, value in trainer.trained_state().items()}
+    trainer.train()
+    moved = {key for key, value in trainer.trained_state().items() if not torch.equal(value, before[key])}
+    assert any("lora_B" in key for key in moved) and any("projectors" in key for key in moved)
+
+
+def test_a_batch_that_cannot_be_made_is_refused(load, tmp_path):
+    model, _ = load()
+    with pytest.raises(ValueError, match="A batch of 64 samples cannot be made of 3 at once"):
+        training_arguments(RECIPES["instruction", "image"], model, tmp_path, per_device_batch_size=3)
+
+
+def test_two_processes_learn_what_one_does(data, checkpoints, tmp_path):
+    """Of the same two batches of two samples; needs two processes that reach each other on loopback."""
+    program = [sys.executable, "-c", "from healthgpt.app.cli import main; main()"]
+    options = ["train", str(data / "generation.jsonl"), "-c", str(checkpoints("m3").folder), "--device", "cpu"]
+    options += ["--batch-size", "2", "--max-steps", "2", "--dropout", "0", "--learning-rate", "1e-3"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, command in (("two", launch + program), ("one", program)):
+        each = "1" if name == "two" else "2"
+        subprocess.run(
+            [*command, *options, "-o", str(tmp_path / name), "--per-device-batch-size", each],
+            check=True,
+            env=environment,
+            timeout=200,
+            capture_output=True,
+        )
+    one, two = (load_file(tmp_path / name / "generation/plugin.safetensors") for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], atol=5e-5, rtol=0)

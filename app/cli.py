@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .common import Checkpoint, Device, Dtype, count_parameters, load, prepare, require_checkpoint, require_kind
+from .evaluate import evaluation
 from .export import export, plugins
 from .train import train
 
 # Packages that only some commands need, and the extra that brings them.
 EXTRA_OF = {"accelerate": "train", "datasets": "train", "tensorboard": "train", "sentencepiece": "export"}
+EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval"}
 
 app = typer.Typer(
     name="healthgpt",
@@ -27,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(export)
 app.command()(train)
+app.add_typer(evaluation, name="eval")
 app.add_typer(plugins, name="plugin")
 
 

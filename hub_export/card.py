@@ -3,7 +3,7 @@
 from huggingface_hub import ModelCardData
 
 from ..configuration_healthgpt import HealthGPTConfig
-from .presets import DATASET, PAPER, PRESETS
+from .presets import BENCHMARKS, DATASET, PAPER, PRESETS
 
 CARD_NAME = "README.md"
 CARD = """---
@@ -81,8 +81,10 @@ RESULTS = """## Published results
 
 What the authors of {name} report ([paper]({paper})); not measured on this checkpoint.
 
-| benchmark | published |
-|---|---|
+Accuracies in percent; SSIM and LPIPS in percent, PSNR in dB, MSE of 8-bit levels.
+
+| benchmark | metric | published |
+|---|---|---|
 {rows}
 
 """
@@ -117,7 +119,10 @@ def build_card(config: HealthGPTConfig, record: dict) -> str:
     snippets = [ASK_TASK.format(task=task) for task in asks[:1]] + [DRAW_TASK.format(task=task) for task in draws[:1]]
     results = ""
     if published:
-        rows = "\n".join(f"| {benchmark} | {figure} |" for benchmark, figure in published.results.items())
+        rows = "\n".join(
+            f"| {BENCHMARKS[benchmark]} | {' / '.join(figures)} | {' / '.join(map(str, figures.values()))} |"
+            for benchmark, figures in published.results.items()
+        )
         results = RESULTS.format(name=published.name, paper=PAPER, rows=rows)
     abilities = ["answers questions about medical pictures"] * bool(asks) + ["draws medical pictures"] * bool(draws)
     return CARD.format(

@@ -1,0 +1,139 @@
+"""`healthgpt eval`: answers scored on benchmarks, pictures compared with true ones."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .common import Checkpoint, Device, Dtype, load, require_kind
+
+evaluation = typer.Typer(
+    help="Score answers on benchmarks and drawn pictures against true ones.", no_args_is_help=True
+)
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of records and tables; a killed run goes on there.")
+]
+Batch = Annotated[int, typer.Option(min=1, help="Samples done at once.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first so many.")]
+Lpips = Annotated[bool, typer.Option("--lpips", help="LPIPS too; needs torchvision.")]
+
+
+@evaluation.command("answers")
+def answers(
+    benchmark: Annotated[str, typer.Argument(help="vqa_rad, path_vqa, slake, mmmu_med, omnimedvqa or samples.")],
+    data: Annotated[Path, typer.Argument(help="Its local copy, as the Hub has it; for samples, JSON lines.")],
+    checkpoint: Checkpoint,
+    output: Output,
+    split: Annotated[str, typer.Option(help="test; validation for mmmu_med.")] = "test",
+    task: Annotated[str, typer.Option(help="A task of the checkpoint that answers in words.")] = "comprehension",
+    batch_size: Batch = 8,
+    limit: Limit = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """
+    Answers a benchmark's questions and scores the answers: accuracy with its interval, beside the published figures.
+
+    Example: healthgpt eval answers vqa_rad vqa-rad -c HealthGPT-M3 -o results/vqa_rad
+    """
+    from ..evaluation import Records, answer_items, read_benchmark, summarise_answers, write_report
+
+    items = list(read_benchmark(benchmark, data, split))[:limit]
+    settings = {"checkpoint": checkpoint, "benchmark": benchmark, "data": str(data), "split": split, "task": task}
+    settings |= {"limit": limit, "max_new_tokens": max_new_tokens, "dtype": dtype}
+    model, processor = load(checkpoint, device, dtype)
+    require_kind(model, task, "text")
+    records = Records(output, settings)
+    with bars() as progress:
+        bar = progress.add_task("Answering", total=len(items))
+        scored = answer_items(
+            model, processor, items, records, task, batch_size, max_new_tokens, lambda n: progress.advance(bar, n)
+        )
+    typer.echo(write_report(output, benchmark, summarise_answers(scored), settings))
+
+
+@evaluation.command("draw")
+def draw(
+    data: Annotated[Path, typer.Argument(help="JSON lines as for train; samples with a target_image.")],
+    checkpoint: Checkpoint,
+    output: Output,
+    name: Annotated[str, typer.Option(help="Benchmark in the table, for example super_resolution.")] = "pictures",
+    task: Annotated[str, typer.Option(help="Task of the samples that name none.")] = "generation",
+    batch_size: Batch = 8,
+    limit: Limit = None,
+    lpips: Lpips = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """
+    Draws what samples ask for and compares the pictures with their targets: SSIM, PSNR, MSE.
+
+    Targets are brought to the size that the checkpoint draws.
+
+    Example: healthgpt eval draw pairs.jsonl -c HealthGPT-M3 -o results/ct_to_mri --name ct_to_mri_brain
+    """
+    from PIL import Image
+
+    from ..evaluation import Records, draw_samples
+    from ..training import read_samples
+
+    settings = {"checkpoint": checkpoint, "data": str(data), "task": task, "limit": limit, "dtype": dtype}
+    model, processor = load(checkpoint, device, dtype)
+    kinds = {key: value.kind for key, value in model.config.tasks.items()}
+    samples = [sample for sample in read_samples(data, kinds, task) if sample["target_image"] is not None][:limit]
+    if not samples:
+        raise ValueError(f"{data} has no samples with a target_image.")
+    records = Records(output, settings)
+    with bars() as progress:
+        bar = progress.add_task("Drawing", total=len(samples))
+        draw_samples(
+            model, processor, samples, output / "drawn", records, batch_size, lambda n: progress.advance(bar, n)
+        )
+    pairs = []
+    for number, sample in enumerate(samples):
+        drawn, true = Image.open(output / f"drawn/{number}.png"), Image.open(sample["target_image"]).convert("RGB")
+        pairs.append((drawn, true.resize(drawn.size, Image.Resampling.LANCZOS) if true.size != drawn.size else true))
+    report_pairs(pairs, output, name, settings, lpips)
+
+
+@evaluation.command("pictures")
+def pictures(
+    drawn: Annotated[Path, typer.Argument(help="Folder of drawn pictures.")],
+    true: Annotated[Path, typer.Argument(help="Folder of true pictures with the same names.")],
+    output: Output,
+    name: Annotated[str, typer.Option(help="Benchmark in the table, for example super_resolution.")] = "pictures",
+    lpips: Lpips = False,
+) -> None:
+    """
+    Compares the pictures of two folders by name: SSIM, PSNR, MSE.
+
+    Example: healthgpt eval pictures drawn true -o results/ct_to_mri --name ct_to_mri_brain
+    """
+    from PIL import Image
+
+    from ..evaluation import pair_folders
+
+    pairs = [(Image.open(left), Image.open(right)) for left, right in pair_folders(drawn, true)]
+    output.mkdir(parents=True, exist_ok=True)
+    report_pairs(pairs, output, name, {"drawn": str(drawn), "true": str(true)}, lpips)
+
+
+def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool) -> None:
+    from ..evaluation import compare_pictures, load_lpips, summarise_pictures, write_report
+
+    measure = load_lpips() if lpips else None
+    scores = []
+    with bars() as progress:
+        for drawn, true in progress.track(pairs, description="Comparing"):
+            score = compare_pictures(drawn, true)
+            scores.append(score | ({"LPIPS": measure(drawn, true)} if lpips else {}))
+    typer.echo(write_report(output, name, summarise_pictures(scores), settings))
+
+
+def bars() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True))

@@ -1,0 +1,132 @@
+"""Generation: drawn pictures against true ones, by the metrics of scikit-image and torchmetrics."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
+
+from .answers import mean_of
+from .records import Records
+
+IDENTICAL_PSNR = 100.0  # dB; that of equal pictures is infinite and would hide all others in a mean
+
+
+def pair_folders(drawn: Path, true: Path) -> list[tuple[Path, Path]]:
+    """
+    Pairs the pictures of two folders by their names without endings.
+
+    Raises:
+        ValueError: if a picture has no partner, or there is none.
+    """
+    found = []
+    for folder in (drawn, true):
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder.")
+        found.append(
+            {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in Image.registered_extensions()}
+        )
+    alone = found[0].keys() ^ found[1].keys()
+    if alone or not found[0]:
+        name = f"{sorted(alone)[0]!r} lies in only one of them" if alone else "they have no pictures"
+        raise ValueError(f"{drawn} and {true} are no paired folders: {name}.")
+    return [(found[0][name], found[1][name]) for name in sorted(found[0])]
+
+
+def compare_pictures(drawn, true) -> dict[str, float]:
+    """
+    SSIM (Wang et al. 2004, in percent), PSNR (dB) and MSE of two pictures as RGB of 8 bits.
+
+    Args:
+        drawn, true (`PIL.Image.Image`): Pictures of one size.
+
+    Raises:
+        ValueError: if their sizes differ.
+    """
+    if drawn.size != true.size:
+        raise ValueError(
+            f"The drawn picture has {drawn.size} pixels and the true one {true.size}: they cannot be compared."
+        )
+    drawn, true = np.asarray(drawn.convert("RGB")), np.asarray(true.convert("RGB"))
+    error = mean_squared_error(true, drawn)
+    return {
+        "SSIM": 100 * float(structural_similarity(true, drawn, channel_axis=-1, data_range=255)),
+        "PSNR": float(peak_signal_noise_ratio(true, drawn, data_range=255)) if error > 0 else IDENTICAL_PSNR,
+        "MSE": float(error),
+    }
+
+
+def load_lpips() -> Callable:
+    """
+    LPIPS (Zhang et al. 2018) of torchmetrics with AlexNet, as a function of two PIL pictures, in percent.
+
+    Raises:
+        ValueError: if torchvision, whose AlexNet it needs, is not installed.
+    """
+    import torch
+    from torchmetrics.utilities.imports import _TORCHVISION_AVAILABLE
+
+    if not _TORCHVISION_AVAILABLE:
+        raise ValueError("LPIPS needs torchvision, whose AlexNet it compares pictures with: pip install torchvision.")
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+
+    def lpips(drawn, true):
+        tensors = [
+            torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None] / 255
+            for picture in (drawn, true)
+        ]
+        return 100 * metric(*tensors).item()
+
+    return lpips
+
+
+def draw_samples(
+    model,
+    processor,
+    samples: list[dict],
+    folder: Path,
+    records: Records,
+    batch_size: int = 8,
+    progress: Callable[[int], None] = lambda number: None,
+) -> None:
+    """
+    Draws what samples ask for, into pictures `0.png`, `1.png`, ... of a folder; those that have a record are left as they are.
+
+    Args:
+        model, processor: As `from_pretrained` loads them.
+        samples (`list[dict]`): As `healthgpt.training.read_samples` reads them.
+        folder (`Path`): Folder of the pictures.
+        records (`Records`): What an earlier run has drawn.
+        batch_size (`int`, defaults to 8): Pictures drawn at once.
+        progress (`Callable`, *optional*): Called with the number of pictures that were drawn since the last call.
+    """
+    folder.mkdir(exist_ok=True)
+    progress(len(records.done))
+    left = [number for number in range(len(samples)) if str(number) not in records.done]
+    for start in range(0, len(left), batch_size):
+        numbers = left[start : start + batch_size]
+        tasks = [samples[number]["task"] for number in numbers]
+        conversations = []
+        for number in numbers:
+            pictures = [{"type": "image", "image": path} for path in samples[number]["input_image"]]
+            content = [*pictures, {"type": "text", "text": samples[number]["instruction"]}]
+            conversations.append([{"role": "user", "content": content}])
+        inputs = processor.apply_chat_template(
+            conversations, task=tasks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        sequences = model.generate(**inputs.to(model.device), task=tasks, do_sample=False)
+        pixels = model.decode_image_tokens(sequences)
+        for number, picture in zip(
+            numbers, processor.post_process_multimodal_output(pixels, generation_mode="image"), strict=True
+        ):
+            picture.save(folder / f"{number}.png")
+        records.add([{"name": str(number)} for number in numbers])
+        progress(len(numbers))
+
+
+def summarise_pictures(scores: list[dict[str, float]]) -> dict[str, dict]:
+    """Mean of every metric with its 95 % interval."""
+    return {metric: mean_of([score[metric] for score in scores]) for metric in scores[0]}

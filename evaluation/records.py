@@ -1,0 +1,35 @@
+"""Results of a long run, a JSON line each, so that a killed run goes on where it was."""
+
+import json
+from pathlib import Path
+
+
+class Records:
+    """
+    What a run has done so far.
+
+    Args:
+        folder (`Path`): Folder of the run; made if it does not exist.
+        settings (`dict`): What makes this run differ from others.
+
+    Raises:
+        ValueError: if the folder holds a run of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, run = folder / "records.jsonl", folder / "run.json"
+        if run.exists() and json.loads(run.read_text()) != settings:
+            raise ValueError(f"{folder} holds a run with other settings (its run.json): choose another folder.")
+        run.write_text(json.dumps(settings, indent=2) + "\n")
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        if lines and not lines[-1].endswith("\n"):  # a kill left half a line
+            lines = lines[:-1]
+            self.path.write_text("".join(lines), encoding="utf-8")
+        self.done = {record["name"]: record for record in map(json.loads, lines)}
+
+    def add(self, records: list[dict]) -> None:
+        """Keeps what one batch gave; every record has a `name` of its own."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        self.done |= {record["name"]: record for record in records}

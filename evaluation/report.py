@@ -1,0 +1,38 @@
+"""Results as one JSON file and one Markdown table beside the published figures."""
+
+import json
+from pathlib import Path
+
+from ..hub_export.presets import PRESETS
+
+
+def write_report(folder: Path, benchmark: str, summary: dict[str, dict], facts: dict) -> str:
+    """
+    Writes `results.json` and `results.md`.
+
+    Args:
+        folder (`Path`): Folder of the run.
+        benchmark (`str`): Its name; one of `hub_export.presets.BENCHMARKS` has published figures.
+        summary (`dict`): `value`, `low`, `high` and `count` by metric.
+        facts (`dict`): What the run was made with.
+
+    Returns:
+        `str`: The table.
+    """
+    content = {"benchmark": benchmark, **facts, "results": summary}
+    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    published = {preset.name: preset.results[benchmark] for preset in PRESETS.values() if benchmark in preset.results}
+    lines = [f"| {benchmark} | here | 95 % interval | number | {' | '.join(published)}".rstrip(" |") + " |"]
+    lines.append("|---" * (4 + len(published)) + "|")
+    for metric, result in summary.items():
+        cells = [
+            metric,
+            f"{result['value']:.2f}",
+            f"{result['low']:.2f} to {result['high']:.2f}",
+            f"{result['count']}",
+        ]
+        cells += [str(figures.get(metric, "")) for figures in published.values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(lines) + "\n"
+    (folder / "results.md").write_text(table)
+    return table

@@ -1,0 +1,220 @@
+"""
+Builds the small HealthGPT from nothing: `python -m healthgpt.phantoms.nano WORK OUTPUT`.
+
+    parts      language model, vision tower, VQGAN, as published files
+    alignment  each task learns to read pictures          (stage 1)
+    fusion     token tables with the image codes           (stage 2)
+    instruction  questions; the five drawing tasks         (stage 3)
+    export     back to the published files and through `hub_export` to one checkpoint
+
+Every step leaves its result in WORK and is not done again when it is there. The stages are those of `healthgpt.training` with higher
+learning rates and smaller batches than the published ones: a small model on a small machine.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from ..hub_export import ExportSources, export
+from ..hub_export.plugins import extract_plugin
+from ..training import HealthGPTTrainer, Recipe, TrainingCollator, add_codes, read_samples, training_arguments
+from .parts import build_base, build_vision, build_vqgan
+from .samples import write_samples
+
+RANKS = {"comprehension": (16, 4), "generation": (48, 4)}
+KINDS = {"comprehension": "text", "generation": "image"}
+COMPREHENSION_SAMPLES, DRAWING_SAMPLES = 12000, 20000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run: samples whose instruction it takes, parts with their rates, and how many steps."""
+
+    name: str
+    tasks: tuple[str, ...]
+    instructions: tuple[str, ...]  # beginnings; empty takes all
+    recipe: Recipe
+    steps: int
+
+
+REPORTS = ("Describe this picture.", "Write a short report.")
+STAGES = (
+    Stage("alignment_text", ("comprehension",), REPORTS, Recipe({"projector": 2e-3}, 16, 0.0), 300),
+    Stage(
+        "alignment_image",
+        ("generation",),
+        ("Reconstruct",),
+        Recipe({"projector": 2e-3, "plugin": 2e-3}, 16, 0.0),
+        150,
+    ),
+    Stage("fusion", ("comprehension", "generation"), (), Recipe({"token_tables": 5e-3}, 16, 0.0, "constant"), 400),
+    Stage("instruction_text", ("comprehension",), (), Recipe({"projector": 1e-3, "plugin": 2e-3}, 16, 0.0), 1200),
+    Stage("instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0), 3000),
+)
+
+
+def build(work: Path, output: Path, scale: float = 1.0, stages: tuple[Stage, ...] = STAGES) -> None:
+    """
+    Builds the checkpoint.
+
+    Args:
+        work (`Path`): Folder of intermediate results.
+        output (`Path`): Folder to make.
+        scale (`float`, defaults to 1.0): Share of steps and samples; a small one only shows that everything runs.
+        stages (`tuple[Stage, ...]`, *optional*): What is trained, in order.
+    """
+    start = time.perf_counter()
+
+    def log(text):
+        print(f"{time.perf_counter() - start:7.0f} s  {text}", flush=True)
+
+    def steps(number):
+        return max(round(number * scale), 10)
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    work.mkdir(parents=True, exist_ok=True)
+    count = max(round(12000 * scale), 600)
+    for name, make in (
+        ("base", lambda folder: build_base(folder, log, steps(1500))),
+        ("vision", lambda folder: build_vision(folder, log, steps(5000), count)),
+        ("vqgan", lambda folder: build_vqgan(folder, log, steps(1500), count)),
+        ("data", lambda folder: write_data(folder, scale)),
+    ):
+        if not (work / name).exists():
+            log(name)
+            shutil.rmtree(work / "making", ignore_errors=True)
+            make(work / "making")
+            (work / "making").rename(work / name)
+    if not (work / "start").exists():
+        for task, sizes in RANKS.items():
+            write_fresh_plugin(work, task, *sizes)
+        export(sources_of(work, work), work / "start", skip_forward=True)
+    model, processor = load(work / "start")
+    samples = {task: read_samples(work / f"data/{task}.jsonl", KINDS) for task in KINDS}
+    samples = {task: add_codes(rows, model, processor, batch_size=64) for task, rows in samples.items()}
+    for stage in stages:
+        log(stage.name)
+        train(model, processor, stage, samples, work, steps(stage.steps))
+    log("export")
+    publish(model, processor, work)
+    shutil.rmtree(output, ignore_errors=True)
+    export(sources_of(work, work / "trained"), output, name=output.name)
+    log(f"{output}: {sum(path.stat().st_size for path in output.iterdir()) / 1e6:.1f} MB")
+
+
+def write_data(folder: Path, scale: float) -> None:
+    counts = [max(round(count * scale), 64) for count in (COMPREHENSION_SAMPLES, DRAWING_SAMPLES)]
+    write_samples(folder, "train", *counts)
+
+
+def sources_of(work: Path, plugins: Path) -> ExportSources:
+    fusion = plugins / "generation/fusion_layer_weights.bin"
+    return ExportSources(
+        work / "base",
+        work / "vision",
+        comprehension=plugins / "comprehension/hlora_weights.bin",
+        generation=plugins / "generation/hlora_weights.bin",
+        fusion=fusion if fusion.exists() else None,
+        vqgan=work / "vqgan/last.ckpt",
+        vqgan_config=work / "vqgan/model.yaml",
+    )
+
+
+def write_fresh_plugin(work: Path, task: str, rank: int, experts: int) -> None:
+    """A plugin that changes nothing yet, with the published names."""
+    base = AutoModelForCausalLM.from_pretrained(work / "base")
+    vision_width = json.loads((work / "vision/config.json").read_text())["hidden_size"]
+    tensors = {}
+    for name, linear in base.named_modules():
+        if type(linear) is nn.Linear and name != "lm_head":
+            name = f"base_model.model.{name}"
+            tensors[f"{name}.lora_route.weight"] = nn.Linear(linear.in_features, experts).weight
+            tensors[f"{name}.lora_A.weight"] = nn.Linear(linear.in_features, rank).weight
+            tensors[f"{name}.lora_B.weight"] = torch.zeros(linear.out_features, rank)
+    width = base.config.hidden_size
+    for index, linear in ((0, nn.Linear(vision_width, width)), (2, nn.Linear(width, width))):
+        tensors[f"base_model.model.model.mm_projector.{index}.weight"] = linear.weight
+        tensors[f"base_model.model.model.mm_projector.{index}.bias"] = linear.bias
+    (work / task).mkdir(exist_ok=True)
+    torch.save({name: tensor.detach() for name, tensor in tensors.items()}, work / task / "hlora_weights.bin")
+
+
+def load(folder: Path):
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def train(model, processor, stage: Stage, samples: dict[str, Dataset], work: Path, steps: int) -> None:
+    """Runs one stage, or takes its result from an earlier run."""
+    if "token_tables" in stage.recipe.learning_rates:
+        model.use_token_tables("generation", list(stage.tasks))
+    folder = work / "stages" / stage.name
+    rows = [row for task in stage.tasks for row in select(samples[task], stage.instructions)]
+    arguments = training_arguments(
+        stage.recipe,
+        model,
+        folder,
+        stage.recipe.batch_size,
+        max_steps=steps,
+        logging_steps=max(steps // 10, 1),
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        lr_scheduler_type="constant" if stage.recipe.schedule == "constant" else "cosine",
+        max_grad_norm=1.0,
+        seed=0,
+    )
+    trainer = HealthGPTTrainer(
+        model,
+        stage.recipe,
+        list(stage.tasks),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=TrainingCollator(processor, 512),
+    )
+    if (folder / "trained.safetensors").exists():
+        trainer._load_from_checkpoint(folder)
+    else:
+        trainer.train()
+        trainer.save_model(folder)
+    if "token_tables" in stage.recipe.learning_rates:  # as published, answers keep the base's tables
+        model.use_token_tables(None, [task for task in stage.tasks if KINDS[task] == "text"])
+
+
+def select(rows: Dataset, beginnings: tuple[str, ...]) -> Dataset:
+    return rows.filter(lambda row: not beginnings or row["instruction"].startswith(beginnings))
+
+
+def publish(model, processor, work: Path) -> None:
+    """Writes the trained plugins and tables with the published names, in the dtype of the base."""
+    shutil.rmtree(work / "trained", ignore_errors=True)
+    shutil.rmtree(work / "merged", ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(work / "merged")
+    processor.save_pretrained(work / "merged")
+    (work / "trained").mkdir()
+    for task in KINDS:
+        extract_plugin(work / "merged", task, work / "trained" / task, published=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder of intermediate results")
+    parser.add_argument("output", type=Path, help="checkpoint to make")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of steps and samples")
+    arguments = parser.parse_args()
+    build(arguments.work, arguments.output, arguments.scale)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Benchmarks in the Hub's forms, made small, and what is read from them."""
+
+import json
+import shutil
+
+import pytest
+from conftest import GOLDEN
+from datasets import Dataset, Features, Image, Value
+
+from healthgpt.evaluation import read_benchmark
+
+PICTURE = GOLDEN / "images/ct.png"
+
+
+def write_parquet(rows, path, pictures):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = {name: Image() if name in pictures else Value("string") for name in rows[0]}
+    Dataset.from_list(rows, features=Features(features)).to_parquet(str(path))
+
+
+@pytest.mark.parametrize("name", ["vqa_rad", "path_vqa"])
+def test_parquet_of_questions(tmp_path, name):
+    rows = [
+        {"image": str(PICTURE), "question": "Is it normal?", "answer": "No"},
+        {"image": str(PICTURE), "question": "Which plane?", "answer": "axial"},
+    ]
+    write_parquet(rows, tmp_path / "data/test-00000-of-00001-abc.parquet", ["image"])
+    write_parquet(rows[:1], tmp_path / "data/train-00000-of-00001-abc.parquet", ["image"])
+    items = list(read_benchmark(name, tmp_path))
+    assert [(item.question, item.truth, item.kind) for item in items] == [
+        ("Is it normal?", "No", "closed"),
+        ("Which plane?", "axial", "open"),
+    ]
+    assert items[0].pictures[0].size == (80, 100) or items[0].pictures[0].size[0] > 0
+    assert len(list(read_benchmark(name, tmp_path, "train"))) == 1
+
+
+def test_slake(tmp_path):
+    (tmp_path / "imgs/xmlab1").mkdir(parents=True)
+    shutil.copy(PICTURE, tmp_path / "imgs/xmlab1/source.jpg")
+    row = {"img_name": "xmlab1/source.jpg", "question": "Which organ?", "answer": "Liver", "answer_type": "OPEN"}
+    rows = [row | {"qid": 1, "q_lang": "en"}, row | {"qid": 2, "q_lang": "zh"}]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    [item] = read_benchmark("slake", tmp_path)
+    assert (item.name, item.kind, item.truth) == ("1", "open", "Liver") and item.pictures[0].is_file()
+
+
+def test_mmmu_med(tmp_path):
+    subjects = ["Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine", "Pharmacy"]
+    for subject in [*subjects, "Public_Health"]:
+        row = {
+            "id": f"validation_{subject}_1",
+            "question": "See <image 1> and <image 2>?",
+            "options": "['up', \"it's down\"]",
+        }
+        row |= {"answer": "B", "image_1": str(PICTURE), "image_2": str(PICTURE), "image_3": None}
+        pictures = ["image_1", "image_2", "image_3"]
+        write_parquet([row], tmp_path / subject / "validation-00000-of-00001.parquet", pictures)
+    items = list(read_benchmark("mmmu_med", tmp_path, "validation"))
+    assert len(items) == 5 and items[3].group == "Pharmacy" and len(items[0].pictures) == 2
+    assert items[0].truth == "it's down" and items[0].options == ["up", "it's down"]
+    assert items[0].question.splitlines() == [
+        "See (picture 1) and (picture 2)?",
+        "(A) up",
+        "(B) it's down",
+        "Answer with the letter of the right option.",
+    ]
+    with pytest.raises(ValueError, match=r"does not have the form of mmmu_med: .*test-.*parquet is missing"):
+        list(read_benchmark("mmmu_med", tmp_path))
+
+
+def test_omnimedvqa(tmp_path):
+    (tmp_path / "QA_information/Open-access").mkdir(parents=True)
+    row = {"question_id": "q1", "question": "Which modality?", "gt_answer": "CT", "image_path": "Images/a.png"}
+    row |= {"option_A": "MRI", "option_B": "CT", "modality_type": "CT(Computed Tomography)"}
+    (tmp_path / "QA_information/Open-access/set.json").write_text(json.dumps([row]))
+    [item] = read_benchmark("omnimedvqa", tmp_path)
+    assert item.options == ["MRI", "CT"] and item.group == "CT(Computed Tomography)" and item.kind == "choice"
+    assert item.pictures == [tmp_path / "Images/a.png"]
+
+
+def test_what_is_no_benchmark(tmp_path):
+    for name, message in (("vqa", "There is no benchmark 'vqa'; choose one of vqa_rad"), ("slake", "test.json")):
+        with pytest.raises(ValueError, match=message):
+            list(read_benchmark(name, tmp_path))
+    with pytest.raises(ValueError, match="does not exist"):
+        list(read_benchmark("slake", tmp_path / "nothing"))

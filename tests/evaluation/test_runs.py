@@ -1,0 +1,146 @@
+"""Runs over a model: batches, resuming, tables; and the metrics of pictures against other libraries."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, inputs_of
+from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from typer.testing import CliRunner
+
+from healthgpt.app.cli import app
+from healthgpt.evaluation import (
+    Item,
+    Records,
+    answer_items,
+    compare_pictures,
+    pair_folders,
+    summarise_answers,
+    summarise_pictures,
+    write_report,
+)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def test_batches_give_the_golden_answers_and_a_killed_run_goes_on(m3, tmp_path, monkeypatch):
+    checkpoint, model, processor = m3
+    cases = [case for case in checkpoint.cases if case["task"] == "comprehension"]
+    items = []
+    for case in cases:
+        names = case["image"] or []
+        pictures = [GOLDEN / f"images/{name}.png" for name in ([names] if isinstance(names, str) else names)]
+        items.append(Item(case["name"], case["question"], "yes", "closed", pictures))
+    settings = {"checkpoint": "m3"}
+    length = cases[0]["max_new_tokens"]
+    records = Records(tmp_path / "run", settings)
+    first = answer_items(model, processor, items[:1], records, batch_size=4, max_new_tokens=length)
+    with open(tmp_path / "run/records.jsonl", "a") as file:
+        file.write('{"name": "half')  # as a kill in the middle of a line leaves it
+    records = Records(tmp_path / "run", settings)
+    asked = []
+    generate = type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda self, **kw: asked.append(len(kw["input_ids"])) or generate(self, **kw)
+    )
+    scored = answer_items(model, processor, items, records, batch_size=4, max_new_tokens=length)
+    assert scored[0] == first[0] and sum(asked) == len(items) - 1
+    for case, record in zip(cases, scored, strict=True):
+        inputs = inputs_of(processor, case)
+        alone = generate(model, **inputs, task="comprehension", max_new_tokens=length)[
+            0, inputs["input_ids"].shape[1] :
+        ]
+        assert record["answer"] == processor.decode(alone, skip_special_tokens=True).strip()
+    assert len((tmp_path / "run/records.jsonl").read_text().splitlines()) == len(items)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        Records(tmp_path / "run", {"checkpoint": "other"})
+
+
+def test_accuracies_and_their_intervals():
+    def record(kind, right, group=""):
+        return {"kind": kind, "right": right, "group": group, "recall": 1.0 if right else 0.5}
+
+    records = [record("closed", True)] * 8 + [record("closed", False)] * 2 + [record("open", False, "CT")] * 10
+    summary = summarise_answers(records)
+    assert summary["all"]["value"] == 40 and summary["closed"]["value"] == 80 and summary["CT"]["value"] == 0
+    assert summary["open recall"]["value"] == 50
+    # Wilson's interval of 8 of 10, by its formula
+    n, p, z = 10, 0.8, 1.959964
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    assert summary["closed"]["low"] == pytest.approx(100 * (centre - half) / (1 + z * z / n), abs=1e-3)
+    assert summary["closed"]["high"] == pytest.approx(100 * (centre + half) / (1 + z * z / n), abs=1e-3)
+
+
+def test_metrics_of_pictures_and_their_means():
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    drawn = np.clip(true + rng.normal(0, 20, true.shape), 0, 255).astype(np.uint8)
+    score = compare_pictures(Image.fromarray(drawn), Image.fromarray(true))
+    error = ((drawn.astype(float) - true) ** 2).mean()
+    assert score["MSE"] == pytest.approx(error)
+    expected = peak_signal_noise_ratio(torch.tensor(drawn).float(), torch.tensor(true).float(), data_range=255.0)
+    assert score["PSNR"] == pytest.approx(expected.item(), abs=1e-3)
+    assert 50 < score["SSIM"] < 100
+    same = compare_pictures(Image.fromarray(true), Image.fromarray(true))
+    assert same == {"SSIM": 100.0, "PSNR": 100.0, "MSE": 0.0}
+    summary = summarise_pictures([score, same] * 50)
+    assert summary["MSE"]["value"] == pytest.approx(error / 2)
+    assert summary["MSE"]["low"] < error / 2 < summary["MSE"]["high"] and summary["MSE"]["high"] < 0.65 * error
+    with pytest.raises(ValueError, match="cannot be compared"):
+        compare_pictures(Image.fromarray(drawn), Image.fromarray(true[:30]))
+
+
+def test_the_table_stands_beside_the_published_figures(tmp_path):
+    result = {"value": 70.0, "low": 60.0, "high": 80.0, "count": 50}
+    table = write_report(tmp_path, "vqa_rad", {"closed": result, "open recall": result}, {"checkpoint": "x"})
+    assert table.splitlines() == [
+        "| vqa_rad | here | 95 % interval | number | HealthGPT-M3 | HealthGPT-L14 |",
+        "|---|---|---|---|---|---|",
+        "| closed | 70.00 | 60.00 to 80.00 | 50 | 73.7 | 77.7 |",
+        "| open recall | 70.00 | 60.00 to 80.00 | 50 |  |  |",
+    ]
+    assert json.loads((tmp_path / "results.json").read_text())["results"]["closed"] == result
+    assert write_report(tmp_path, "mine", {"all": result}, {}).startswith("| mine | here | 95 % interval | number |\n")
+
+
+def test_the_command_line(data, checkpoints, tmp_path):
+    folder = checkpoints("m3").folder
+    asked = run(
+        "answers", "samples", data / "comprehension.jsonl", "-c", folder, "-o", tmp_path / "a", "--max-new-tokens", 4
+    )
+    assert asked.exit_code == 0 and "| all |" in asked.output, asked.output
+    drawn = run("draw", data / "generation.jsonl", "-c", folder, "-o", tmp_path / "d", "--name", "reconstruction")
+    assert drawn.exit_code == 0 and "| SSIM |" in drawn.output and "91.73" in drawn.output
+    assert Image.open(tmp_path / "d/drawn/1.png").size == (32, 32)
+    before = (tmp_path / "d/drawn/1.png").stat().st_mtime_ns
+    again = run("draw", data / "generation.jsonl", "-c", folder, "-o", tmp_path / "d", "--name", "reconstruction")
+    assert again.output.splitlines()[-5:] == drawn.output.splitlines()[-5:]
+    assert (tmp_path / "d/drawn/1.png").stat().st_mtime_ns == before
+    compared = run("pictures", tmp_path / "d/drawn", tmp_path / "d/drawn", "-o", tmp_path / "p")
+    assert compared.exit_code == 0 and "| SSIM | 100.00 |" in compared.output
+    refused = run("draw", data / "comprehension.jsonl", "-c", folder, "-o", tmp_path / "x")
+    assert "has no samples with a target_image" in str(refused.exception) and not (tmp_path / "x").exists()
+
+
+def test_folders_that_are_no_pairs(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="they have no pictures"):
+        pair_folders(tmp_path / "a", tmp_path / "b")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a/1.png")
+    with pytest.raises(ValueError, match="'1' lies in only one of them"):
+        pair_folders(tmp_path / "a", tmp_path / "b")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b/1.bmp")
+    assert pair_folders(tmp_path / "a", tmp_path / "b") == [(tmp_path / "a/1.png", tmp_path / "b/1.bmp")]
+    with pytest.raises(ValueError, match="is no folder"):
+        pair_folders(tmp_path / "a/1.png", tmp_path / "b")
+
+
+def test_lpips_says_what_it_needs(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    result = run("pictures", tmp_path, tmp_path, "-o", tmp_path / "out", "--lpips")
+    assert "LPIPS needs torchvision" in str(result.exception)

@@ -1,0 +1,61 @@
+"""The scoring rules, case by case."""
+
+import pytest
+
+from healthgpt.evaluation.scoring import chosen_option, is_right, recall
+
+
+@pytest.mark.parametrize(
+    "answer, truth, right",
+    [
+        ("Yes.", "yes", True),
+        ("Yes, there is no doubt.", "Yes", True),
+        ("No, but yesterday there was.", "no", True),
+        ("There is a mass.", "yes", False),
+        ("no", "yes", False),
+        ("The left lung.", "Left lung", True),
+        ("left", "left lung", False),
+        ("It is the lung, on the left.", "left lung", False),
+        ("An X-ray!", "x ray", True),
+        ("Pneumothoraces", "pneumothorax", False),
+        ("", "yes", False),
+        ("", "lung", False),
+    ],
+)
+def test_answers_in_words(answer, truth, right):
+    assert is_right(answer, truth) is right
+
+
+@pytest.mark.parametrize(
+    "answer, truth, share",
+    [
+        ("left upper lobe", "the upper lobe", 1.0),
+        ("upper", "upper lobe", 0.5),
+        ("", "lobe", 0.0),
+        ("a b c d", "e", 0.0),
+    ],
+)
+def test_recall(answer, truth, share):
+    assert recall(answer, truth) == share
+
+
+@pytest.mark.parametrize(
+    "answer, index",
+    [
+        ("B", 1),
+        ("(b) MRI", 1),  # by its text
+        ("(C)", 2),
+        ("B. MRI", 1),
+        ("The answer is A", 0),
+        ("Answer: D", 3),
+        ("It is an MRI.", 1),
+        ("CT angiography", 2),  # holds the text of the option CT as well, as a part
+        ("CT or MRI", None),
+        ("Both are possible.", None),
+        ("E", None),
+        ("", None),
+        ("A picture of a CT", 0),
+    ],
+)
+def test_chosen_options(answer, index):
+    assert chosen_option(answer, ["CT", "MRI", "CT angiography", "X-ray"]) == index

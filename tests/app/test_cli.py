@@ -59,6 +59,7 @@ def test_export_info_ask_and_draw(tmp_path, checkpoints):
         "vision_layer": 1,
         "token_tables": "generation",
         "default_prompt": "Reconstruct the image.",
+        "dropout": 0.0,
     }
     assert content["parameters"]["plugin of generation"] == 53504 and content["token_rows"] == 538
     assert "comprehension" in healthgpt("info", folder).stdout

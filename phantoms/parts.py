@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 from torch import nn
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
@@ -193,7 +194,11 @@ def build_vision(folder: Path, log: Log, steps: int = 3000, count: int = 12000) 
 
     optimise(model, loss_of, steps, 1e-3, log)
     folder.mkdir(parents=True)
-    model["tower"].save_pretrained(folder)
+    model["tower"].config.save_pretrained(folder)
+    tensors = {
+        f"vision_model.{name.removeprefix('vision_model.')}": t for name, t in model["tower"].state_dict().items()
+    }
+    save_file(tensors, folder / "model.safetensors")  # published names, whatever transformers calls them
     settings = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
     settings |= {"image_mean": MEAN, "image_std": DEVIATION}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))

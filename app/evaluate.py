@@ -83,8 +83,8 @@ def draw(
 
     settings = {"checkpoint": checkpoint, "data": str(data), "task": task, "limit": limit, "dtype": dtype}
     model, processor = load(checkpoint, device, dtype)
-    kinds = {key: value.kind for key, value in model.config.tasks.items()}
-    samples = [sample for sample in read_samples(data, kinds, task) if sample["target_image"] is not None][:limit]
+    samples = read_samples(data, model.config, task)
+    samples = [sample for sample in samples if sample["target_image"] is not None][:limit]
     if not samples:
         raise ValueError(f"{data} has no samples with a target_image.")
     records = Records(output, settings)

@@ -84,8 +84,8 @@ def train(
         raise ValueError("--kind, --init-from, --rank, --experts and --alpha are for a --task that is new.")
 
     kinds = {name: settings.kind for name, settings in tasks.items()}
-    samples = read_samples(data, kinds, task)
-    held_out = None if eval_data is None else read_samples(eval_data, kinds, task)
+    samples = read_samples(data, model.config, task)
+    held_out = None if eval_data is None else read_samples(eval_data, model.config, task)
     trained = sorted(set(samples["task"]))
     recipes = {name: RECIPES[stage, kinds[name]] for name in trained}
     if stage != "fusion" and len({kinds[name] for name in trained}) > 1:

@@ -100,7 +100,7 @@ def build(work: Path, output: Path, scale: float = 1.0, stages: tuple[Stage, ...
             write_fresh_plugin(work, task, *sizes)
         export(sources_of(work, work), work / "start", skip_forward=True)
     model, processor = load(work / "start")
-    samples = {task: read_samples(work / f"data/{task}.jsonl", KINDS) for task in KINDS}
+    samples = {task: read_samples(work / f"data/{task}.jsonl", model.config) for task in KINDS}
     samples = {task: add_codes(rows, model, processor, batch_size=64) for task, rows in samples.items()}
     for stage in stages:
         log(stage.name)

@@ -4,8 +4,9 @@ Training samples: JSON lines of tasks, instructions, answers and pictures -> bat
     {"task": "comprehension", "instruction": "What is this?", "response": "A chest X-ray.", "input_image": "a.png"}
     {"task": "generation", "instruction": "Reconstruct the image.", "input_image": "a.png", "target_image": "a.png"}
 
-`input_image` is a path, a list of paths or absent; paths start at the folder of the JSON file. The prompt of every sample is
-written by the processor, hence the ids are those of inference; labels are the answer's ids and the end of the turn.
+`input_image` is a path, a list of paths or absent; paths start at the folder of the JSON file. `target_codes`, a list of numbers,
+may stand in place of `target_image`. The prompt of every sample is written by the processor, hence the ids are those of inference;
+labels are the answer's ids and the end of the turn.
 """
 
 import functools
@@ -15,94 +16,116 @@ from pathlib import Path
 
 import datasets
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
+from PIL import Image, UnidentifiedImageError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
-FIELDS = ("task", "instruction", "response", "input_image", "target_image")
+FIELDS = ("task", "instruction", "response", "input_image", "target_image", "target_codes")
 IGNORED = -100
+FEATURES = Features(
+    {field: Value("string") for field in ("task", "instruction", "response", "target_image")}
+    | {"input_image": List(Value("string")), "target_codes": List(Value("int64"))}
+)
 
 
-def read_samples(path: Path, tasks: dict[str, str], default_task: str | None = None) -> Dataset:
+def read_samples(path: Path, config, default_task: str | None = None) -> Dataset:
     """
     Reads a file of samples and checks all of them.
 
     Args:
         path (`Path`): JSON lines.
-        tasks (`dict[str, str]`): Kind of every task of the model.
+        config (`HealthGPTConfig`): Of the model that is to learn them: its tasks, and the codes of its pictures.
         default_task (`str`, *optional*): Task of the samples that name none.
 
     Returns:
         `Dataset`: Columns `task`, `instruction`, `response` (`None` where a picture is drawn), `input_image` (a list of
-        paths) and `target_image` (a path or `None`).
+        paths), `target_image` (a path or `None`) and `target_codes` (a list or `None`).
 
     Raises:
-        ValueError: if a line is no sample, or a picture is missing; the sentence names the line.
+        ValueError: if a line is no sample, or a picture is missing or none; the sentence names the line.
     """
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-                rows.append(check_sample(row, path.parent, tasks, default_task))
+                rows.append(check_sample(json.loads(line), path.parent, config, default_task))
             except ValueError as error:
                 raise ValueError(f"Line {number} of {path} is no sample: {error}") from error
     if not rows:
         raise ValueError(f"{path} has no samples.")
-    return Dataset.from_list(rows)
+    return Dataset.from_list(rows, features=FEATURES)
 
 
-def check_sample(row, folder: Path, tasks: dict[str, str], default_task: str | None) -> dict:
+def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
     if not isinstance(row, dict) or set(row) - set(FIELDS):
         raise ValueError(f"it must be an object with the fields {', '.join(FIELDS)} and no others.")
+    row = {field: value for field, value in row.items() if value is not None}
     task = row.get("task", default_task)
-    if task not in tasks:
-        raise ValueError(f"its task is {task!r}, but the tasks are {', '.join(tasks)}.")
-    wanted, other = ("response", "target_image") if tasks[task] == "text" else ("target_image", "response")
-    for field in ("instruction", wanted):
-        if not isinstance(row.get(field), str) or not row[field].strip():
+    if task not in config.tasks:
+        raise ValueError(f"its task is {task!r}, but the tasks are {', '.join(config.tasks)}.")
+    targets = ["response"] if config.tasks[task].kind == "text" else ["target_image", "target_codes"]
+    given = [field for field in ("response", "target_image", "target_codes") if field in row]
+    if len(given) != 1 or given[0] not in targets:
+        raise ValueError(f"task {task!r} needs a {' or a '.join(targets)} and nothing else to learn.")
+    for field in ("instruction", "response", "target_image"):
+        if field in ("instruction", *given) and not (isinstance(row.get(field), str) and row[field].strip()):
             raise ValueError(f"task {task!r} needs a text as its {field}.")
-    if row.get(other) is not None:
-        raise ValueError(f"task {task!r} has no {other}.")
-    pictures = row.get("input_image") or []
+    if "target_codes" in row:
+        count, number = config.num_image_codes, config.vqgan_config.num_codes
+        codes = row["target_codes"]
+        if not (isinstance(codes, list) and len(codes) == count and all(code in range(number) for code in codes)):
+            raise ValueError(f"target_codes must be a list of {count} whole numbers from 0 to {number - 1}.")
+    pictures = row.get("input_image", [])
     pictures = [pictures] if isinstance(pictures, str) else pictures
-    target = row.get("target_image")
-    for picture in [*pictures, *([target] if target else [])]:
-        if not (folder / picture).is_file():
-            raise ValueError(f"there is no picture {folder / picture}.")
+    if not (isinstance(pictures, list) and all(isinstance(picture, str) for picture in pictures)):
+        raise ValueError("input_image must be a path or a list of paths.")
+    for picture in [*pictures, *([row["target_image"]] if "target_image" in row else [])]:
+        check_picture(folder / picture)
     return {
         "task": task,
         "instruction": row["instruction"],
         "response": row.get("response"),
         "input_image": [str(folder / picture) for picture in pictures],
-        "target_image": None if target is None else str(folder / target),
+        "target_image": str(folder / row["target_image"]) if "target_image" in row else None,
+        "target_codes": row.get("target_codes"),
     }
+
+
+def check_picture(path: Path) -> None:
+    """Opens a picture without reading its pixels."""
+    try:
+        Image.open(path).close()
+    except FileNotFoundError:
+        raise ValueError(f"there is no picture {path}.") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a picture that can be read.") from error
 
 
 def add_codes(samples: Dataset, model, processor, batch_size: int = 8) -> Dataset:
     """
-    Adds a column `codes`: those of the target picture, from the VQGAN's encoder, or `None`.
+    Gives samples with a target picture their `target_codes`, from the VQGAN's encoder.
 
     They are computed once for a set of samples and a VQGAN, and then come from the cache of the `datasets` library.
     """
-    targets = list(samples["target_image"])
-    if not any(targets):
-        return samples.add_column("codes", [None] * len(samples))
+    targets = list(dict.fromkeys(filter(None, samples["target_image"])))
+    if not targets:
+        return samples
     digest = hashlib.sha256(json.dumps(samples.to_list()).encode())
-    for path in filter(None, dict.fromkeys(targets)):
+    for path in targets:
         status = Path(path).stat()
         digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     for tensor in model.model.vqgan.state_dict().values():
         digest.update(tensor.flatten()[:1000].float().cpu().numpy().tobytes())
 
     def encode(batch):
-        codes = [None] * len(batch["target_image"])
+        codes = batch["target_codes"]
         rows = [index for index, path in enumerate(batch["target_image"]) if path is not None]
         if rows:
             pixels = processor.process_target_images([batch["target_image"][index] for index in rows])
             for index, picture in zip(rows, model.encode_image(pixels).tolist(), strict=True):
                 codes[index] = picture
-        return {"codes": codes}
+        return {"target_codes": codes}
 
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "healthgpt_codes"
     cache.mkdir(parents=True, exist_ok=True)
@@ -171,13 +194,13 @@ class TrainingCollator:
     def _answer(self, sample, prompt_length) -> torch.LongTensor:
         """Ids of the answer and the end of the turn."""
         room = self.max_length - prompt_length
-        if sample["codes"] is None:
+        if sample["target_codes"] is None:
             tokenize = functools.partial(self.processor.tokenizer.encode, add_special_tokens=False)
             answer = tokenize(self.header + sample["response"].strip() + self.ending)[len(tokenize(self.header)) :]
         else:
-            answer = [self.first_code + code for code in sample["codes"]]
+            answer = [self.first_code + code for code in sample["target_codes"]]
             answer += [self.end_of_picture, *self.processor.tokenizer.encode(self.ending, add_special_tokens=False)]
-        needed = 1 if sample["codes"] is None else len(answer)
+        needed = 1 if sample["target_codes"] is None else len(answer)
         if room < needed:
             raise ValueError(
                 f"The sample {sample['instruction'][:80]!r} has a prompt of {prompt_length} tokens and needs {needed} "

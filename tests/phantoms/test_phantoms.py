@@ -109,11 +109,11 @@ def test_every_modality_and_finding_is_drawn():
     assert set(found) == {(name, finding) for name in MODALITIES for finding in (None, *FINDINGS[name])}
 
 
-def test_samples_on_disk_are_those_that_training_reads(tmp_path):
+def test_samples_on_disk_are_those_that_training_reads(tmp_path, m3):
     write_samples(tmp_path, "train", 3, 4)
-    kinds = {"comprehension": "text", "generation": "image"}
-    rows = read_samples(tmp_path / "comprehension.jsonl", kinds)
+    config = m3[1].config
+    rows = read_samples(tmp_path / "comprehension.jsonl", config)
     assert rows["response"][1] == comprehension_sample("train", 1)["response"]
-    rows = read_samples(tmp_path / "generation.jsonl", kinds)
+    rows = read_samples(tmp_path / "generation.jsonl", config)
     written = Image.open(rows["target_image"][2]).convert("RGB")
     assert written.tobytes() == drawing_sample("train", 2)["target_image"].tobytes()

@@ -9,8 +9,6 @@ from PIL import Image
 
 from healthgpt.training import TrainingCollator, add_codes, read_samples
 
-TASKS = {"comprehension": "text", "generation": "image"}
-
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_prompts_are_those_of_inference_and_labels_the_answer(load, name):
@@ -18,12 +16,14 @@ def test_prompts_are_those_of_inference_and_labels_the_answer(load, name):
     collate = TrainingCollator(processor)
     draws = "generation" in model.config.tasks
     answers = [" A head CT.", "No <b>lesion</b>,\nbut 2 cysts."]
-    samples = [{"task": "comprehension", "response": answer, "codes": None} for answer in answers]
+    samples = [{"task": "comprehension", "response": answer, "target_codes": None} for answer in answers]
     samples[0] |= {"instruction": "What is this?", "input_image": [GOLDEN / "images/ct.png"]}
     samples[1] |= {"instruction": "And the two others?", "input_image": [GOLDEN / "images/mr.png"] * 2}
     if draws:
         codes = [code % model.config.vqgan_config.num_codes for code in range(model.config.num_image_codes)]
-        samples.append({"task": "generation", "instruction": "Draw a chest.", "input_image": [], "codes": codes})
+        samples.append(
+            {"task": "generation", "instruction": "Draw a chest.", "input_image": [], "target_codes": codes}
+        )
     batch = collate(samples)
     stop = torch.tensor(model.generation_config.eos_token_id)
     for row, sample in enumerate(samples):
@@ -42,12 +42,12 @@ def test_prompts_are_those_of_inference_and_labels_the_answer(load, name):
         assert torch.equal(ids[: len(prompt)], prompt) and (labels[: len(prompt)] == -100).all()
         assert torch.equal(labels[len(prompt) :], ids[len(prompt) :])
         assert torch.isin(ids[-1], stop)
-        if sample["codes"] is None:
+        if sample["target_codes"] is None:
             text = processor.decode(ids[len(prompt) :], skip_special_tokens=True)
             assert text.strip() == sample["response"].strip()
         else:
             written = ids[len(prompt) : -2] - model.config.image_code_offset
-            assert written.tolist() == sample["codes"]
+            assert written.tolist() == sample["target_codes"]
             assert processor.tokenizer.convert_ids_to_tokens(int(ids[-2])) == "<end_index>"
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_the_loss_of_a_batch_is_that_of_the_published_computation(m3):
         ids = torch.tensor(case["generated_ids"])
         codes = (ids - model.config.image_code_offset).tolist() if case["task"] == "generation" else None
         paths = [GOLDEN / f"images/{name}.png" for name in ([case["image"]] if case["image"] else [])]
-        sample = {"task": case["task"], "instruction": case["question"], "input_image": paths, "codes": codes}
+        sample = {"task": case["task"], "instruction": case["question"], "input_image": paths, "target_codes": codes}
         batch = collate([sample | {"response": "x"}])
         if codes is None:  # the golden answer is no text that can be tokenised again
             continue
@@ -73,51 +73,87 @@ def test_the_loss_of_a_batch_is_that_of_the_published_computation(m3):
 
 def test_codes_are_those_of_the_encoder_and_computed_once(data, load, monkeypatch):
     model, processor = load()
-    samples = read_samples(data / "both.jsonl", TASKS)
-    codes = add_codes(samples, model, processor)["codes"]
+    samples = read_samples(data / "both.jsonl", model.config)
+    codes = add_codes(samples, model, processor)["target_codes"]
     expected = model.encode_image(processor.process_target_images([data / "mr.png"]))
     assert codes[0] is None and codes[2] == expected[0].tolist()
     monkeypatch.setattr(type(model), "encode_image", None)
-    assert list(add_codes(samples, model, processor)["codes"]) == list(codes)
+    assert list(add_codes(samples, model, processor)["target_codes"]) == list(codes)
     Image.open(data / "ct.png").save(data / "mr.png")
     with pytest.raises(TypeError):
-        add_codes(read_samples(data / "both.jsonl", TASKS), model, processor)
+        add_codes(read_samples(data / "both.jsonl", model.config), model, processor)
 
 
 def test_too_long_samples(m3):
     _, _, processor = m3
-    sample = {"task": "comprehension", "instruction": "Why?", "response": "x " * 300, "input_image": [], "codes": None}
+    sample = {
+        "task": "comprehension",
+        "instruction": "Why?",
+        "response": "x " * 300,
+        "input_image": [],
+        "target_codes": None,
+    }
     whole = TrainingCollator(processor)([sample])["input_ids"].shape[1]
     cut = TrainingCollator(processor, max_length=100)([sample])
     assert whole > 300 and cut["input_ids"].shape[1] == 100 and cut["labels"][0, -1] != -100
     with pytest.raises(ValueError, match=r"prompt of .* tokens and needs 1 more, but samples may have 5"):
         TrainingCollator(processor, max_length=5)([sample])
     with pytest.raises(ValueError, match="needs 66 more, but samples may have 80"):
-        TrainingCollator(processor, max_length=80)([sample | {"task": "generation", "codes": [0] * 64}])
+        TrainingCollator(processor, max_length=80)([sample | {"task": "generation", "target_codes": [0] * 64}])
+
+
+def test_codes_may_stand_in_place_of_a_picture(data, m3):
+    _, model, processor = m3
+    codes = model.encode_image(processor.process_target_images([data / "mr.png"]))[0].tolist()
+    lines = [json.loads(line) for line in (data / "both.jsonl").read_text().splitlines()]
+    assert lines[2].pop("target_image") == "mr.png"
+    lines[2]["target_codes"] = codes
+    (data / "codes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given, encoded = (
+        add_codes(read_samples(data / f"{name}.jsonl", model.config), model, processor)["target_codes"]
+        for name in ("codes", "both")
+    )
+    assert list(given) == list(encoded) and given[2] == codes
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "number, change, message",
     [
-        ({"task": "segmentation"}, "its task is 'segmentation', but the tasks are comprehension, generation"),
-        ({"instruction": ""}, "needs a text as its instruction"),
-        ({"response": None}, "needs a text as its response"),
-        ({"target_image": "ct.png"}, "has no target_image"),
-        ({"input_image": "missing.png"}, "there is no picture"),
-        ({"picture": "ct.png"}, "the fields task, instruction, response, input_image, target_image and no others"),
+        (0, {"task": "segmentation"}, "its task is 'segmentation', but the tasks are comprehension, generation"),
+        (0, {"instruction": ""}, "needs a text as its instruction"),
+        (0, {"response": " "}, "needs a text as its response"),
+        (0, {"response": None}, "task 'comprehension' needs a response and nothing else to learn"),
+        (0, {"target_image": "ct.png"}, "task 'comprehension' needs a response and nothing else to learn"),
+        (
+            2,
+            {"target_image": None},
+            "task 'generation' needs a target_image or a target_codes and nothing else to learn",
+        ),
+        (2, {"target_codes": [0] * 64}, "task 'generation' needs a target_image or a target_codes and nothing else"),
+        (2, {"target_image": None, "target_codes": [0] * 63}, "must be a list of 64 whole numbers from 0 to 63"),
+        (
+            2,
+            {"target_image": None, "target_codes": [0] * 63 + [64]},
+            "must be a list of 64 whole numbers from 0 to 63",
+        ),
+        (0, {"input_image": "missing.png"}, "there is no picture .*missing.png"),
+        (2, {"target_image": "both.jsonl"}, "both.jsonl is not a picture that can be read"),
+        (0, {"input_image": {"bytes": "x"}}, "input_image must be a path or a list of paths"),
+        (0, {"picture": "ct.png"}, "the fields task, .*, target_codes and no others"),
     ],
 )
-def test_a_line_that_is_no_sample_is_named(data, change, message):
-    good = json.loads((data / "comprehension.jsonl").read_text().splitlines()[0])
-    (data / "bad.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({**good, **change}) + "\n")
-    with pytest.raises(ValueError, match=f"Line 2 of .*bad.jsonl is no sample: .*{message}"):
-        read_samples(data / "bad.jsonl", TASKS)
+def test_a_line_that_is_no_sample_is_named(data, m3, number, change, message):
+    lines = [json.loads(line) for line in (data / "both.jsonl").read_text().splitlines()]
+    lines[number] |= change
+    (data / "bad.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=f"Line {number + 1} of .*bad.jsonl is no sample: .*{message}"):
+        read_samples(data / "bad.jsonl", m3[1].config)
 
 
-def test_files_that_are_no_json_lines(data):
+def test_files_that_are_no_json_lines(data, m3):
     (data / "bad.jsonl").write_text("{]\n")
     with pytest.raises(ValueError, match=r"Line 1 of .* is no sample: Expecting property name"):
-        read_samples(data / "bad.jsonl", TASKS)
+        read_samples(data / "bad.jsonl", m3[1].config)
     (data / "bad.jsonl").write_text("")
     with pytest.raises(ValueError, match="has no samples"):
-        read_samples(data / "bad.jsonl", TASKS)
+        read_samples(data / "bad.jsonl", m3[1].config)

@@ -1,6 +1,7 @@
 """What is trained and with what, resuming, precisions, quantised bases and several processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
+from healthgpt.hub_export.plugins import add_plugin
 from healthgpt.training import (
     RECIPES,
     HealthGPTTrainer,
@@ -17,13 +20,14 @@ from healthgpt.training import (
     add_task,
     last_checkpoint,
     read_samples,
+    save_plugin,
     training_arguments,
 )
 
 
 def trainer_of(data, model, processor, stage, name, output, batch_size=2, **options):
     kinds = {task: settings.kind for task, settings in model.config.tasks.items()}
-    samples = add_codes(read_samples(data / f"{name}.jsonl", kinds), model, processor)
+    samples = add_codes(read_samples(data / f"{name}.jsonl", model.config), model, processor)
     tasks = sorted(set(samples["task"]))
     recipe = replace(RECIPES[stage, kinds[tasks[0]]], batch_size=batch_size)
     options = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True} | options
@@ -59,6 +63,39 @@ def test_a_stage_changes_its_parts_with_their_rates_and_nothing_else(data, load,
     assert changed and all(any(part in key for part in trained) for key in changed)
     for part in trained:
         assert any(part in key for key in changed)
+
+
+@pytest.mark.parametrize(
+    "stage, name", [("alignment", "comprehension"), ("fusion", "both"), ("instruction", "generation")]
+)
+def test_the_loss_falls_on_a_fixed_batch(data, load, tmp_path, stage, name):
+    model, processor = load()
+    if stage == "fusion":
+        model.use_token_tables("fusion", ["comprehension", "generation"])
+    count = len((data / f"{name}.jsonl").read_text().splitlines())
+    options = {"batch_size": count, "per_device_batch_size": count, "max_steps": 8, "logging_steps": 1}
+    trainer = trainer_of(data, model, processor, stage, name, tmp_path / "run", warmup_steps=0, **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+
+
+def test_a_plugin_saved_alone_gives_the_same_logits_elsewhere(data, load, checkpoints, tmp_path):
+    model, processor = load()
+    trainer = trainer_of(data, model, processor, "instruction", "generation", tmp_path / "run", warmup_steps=0)
+    trainer.train()
+    (tmp_path / "plugin").mkdir()
+    save_plugin(model, "generation", tmp_path / "plugin")
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints("m3").folder, folder)
+    add_plugin(folder, tmp_path / "plugin", "trained")
+    elsewhere = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    inputs = TrainingCollator(processor)(trainer.train_dataset.to_list())
+    del inputs["task"]
+    with torch.no_grad():
+        expected = model.eval()(**inputs, task="generation").logits
+        assert torch.equal(elsewhere(**inputs, task="trained").logits, expected)
+        assert not torch.equal(elsewhere(**inputs, task="generation").logits, expected)
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(data, load, tmp_path):

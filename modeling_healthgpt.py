@@ -198,12 +198,14 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
         Loads a checkpoint whole, or not at all.
 
         Raises:
-            ValueError: if the checkpoint lacks a tensor, or has one that this model has no place for.
+            ValueError: if the checkpoint lacks a tensor, or has one of another shape or that this model has no place for.
         """
+        kwargs["ignore_mismatched_sizes"] = True  # they are refused here, by name
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem, keys in (
             ("lacks tensors of the model", info["missing_keys"]),
             ("has tensors that the model has no place for", info["unexpected_keys"]),
+            ("has tensors of another shape than its configuration says", {key for key, *_ in info["mismatched_keys"]}),
         ):
             if keys:
                 raise ValueError(f"The checkpoint {problem}, {len(keys)} in all: {', '.join(sorted(keys))}.")
@@ -351,7 +353,8 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        task: str | list[str] = "comprehension",
+        task: str | list[str] | None = None,
+        generation_mode: str | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -362,7 +365,9 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
                 pictures of all rows, in order.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 where a row is padding.
             position_ids, past_key_values, inputs_embeds: As in the language model.
-            task (`str` or `list[str]`, defaults to `"comprehension"`): One name in `config.tasks`, or one per row.
+            task (`str` or `list[str]`, *optional*, defaults to `"comprehension"`): One name in `config.tasks`, or one per
+                row.
+            generation_mode (`str`, *optional*): `"text"` means task `"comprehension"`, `"image"` task `"generation"`.
 
         Raises:
             ValueError: if a task is unknown, or prompts and pictures do not fit each other.
@@ -370,7 +375,7 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         batch_size = len(input_ids) if inputs_embeds is None else len(inputs_embeds)
-        tasks = self.tasks_of_rows(task, batch_size)
+        tasks = self.tasks_of_rows(task_from_mode(task, generation_mode), batch_size)
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids, tasks)
@@ -494,7 +499,8 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        task: str | list[str] = "comprehension",
+        task: str | list[str] | None = None,
+        generation_mode: str | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -509,7 +515,11 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         Returns:
             `CausalLMOutputWithPast`: `logits` of shape `(batch, length, rows of the token tables)`, and with `labels` the
             mean cross-entropy of the next token as `loss`.
+
+        Raises:
+            ValueError: as in [`HealthGPTModel.forward`], or if `labels` hold the id that stands for pictures.
         """
+        task = task_from_mode(task, generation_mode)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -533,6 +543,10 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
 
         loss = None
         if labels is not None:
+            if not torch.compiler.is_compiling() and (labels == self.config.image_token_id).any():
+                raise ValueError(
+                    "The labels hold the id of <image>, which nobody writes: set those positions to -100."
+                )
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
@@ -625,7 +639,8 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         A row that draws gets `<start_index>` appended if its prompt lacks it, and writes exactly one whole picture of
         codes, whatever length is asked for: length arguments hold for rows that answer. Only a stopping criterion of the
         caller's own (`max_time`, `stop_strings`) ends a picture early. With `past_key_values` of an earlier call, the
-        pictures that it holds may be given again or left out.
+        pictures that it holds may be given again or left out. Prompts given as `inputs_embeds` have to end with the embedding
+        of `<start_index>` themselves.
 
         Args:
             inputs, generation_config, logits_processor, stopping_criteria, kwargs: As in `GenerationMixin.generate`.
@@ -645,19 +660,22 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         task = task_from_mode(task, generation_mode)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         prompt = kwargs.get("inputs_embeds") if input_ids is None else input_ids
-        if prompt is None or prompt.ndim < 2 or prompt.shape[1] == 0:
+        if prompt is None or prompt.ndim < 2 or 0 in prompt.shape[:2]:
             raise ValueError(
                 "generate needs a prompt: input_ids (batch, length) or inputs_embeds (batch, length, hidden), not empty."
             )
         tasks = self.model.tasks_of_rows(task, len(prompt))
         draws = torch.tensor([self.config.tasks[name].kind == "image" for name in tasks], device=prompt.device)
+        cached = cached_length(kwargs.get("past_key_values"))
         if input_ids is not None and draws.any():
-            input_ids, attention_mask = self._append_image_start(input_ids, kwargs.get("attention_mask"), draws)
+            input_ids, attention_mask = self._append_image_start(
+                input_ids, kwargs.get("attention_mask"), draws, cached
+            )
             kwargs["attention_mask"] = attention_mask
             prompt = input_ids
         if input_ids is not None:
             # Pictures that a kept cache holds need not be given again.
-            pixel_values, cached = kwargs.get("pixel_values"), cached_length(kwargs.get("past_key_values"))
+            pixel_values = kwargs.get("pixel_values")
             self.model.get_placeholder_mask(input_ids[:, cached if pixel_values is None else 0 :], pixel_values)
             if (~draws & (input_ids[:, -1] == self.config.image_start_token_id)).any():
                 raise ValueError(
@@ -669,8 +687,8 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
         if self.config.image_token_id < self.lm_head.out_features:
             # Qwen's padded rows have one for <image>, which stands for given pictures and is never an answer.
             logits_processor.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=prompt.device))
+        limit = asked = self._pop_max_new_tokens(prompt.shape[1], kwargs, generation_config)
         if draws.any():
-            asked = self._pop_max_new_tokens(prompt.shape[1], kwargs, generation_config)
             drawing_limit = self.config.num_image_codes
             if constrain_image_tokens:
                 logits_processor.append(
@@ -683,11 +701,12 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             if not draws.all():
                 stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
                 stopping_criteria.append(RowLengthCriteria(0 if input_ids is None else prompt.shape[1], limits))
-            if generation_config is None:
-                kwargs["max_new_tokens"] = int(limits.max())
-            else:
-                generation_config = copy.deepcopy(generation_config)
-                generation_config.max_new_tokens = int(limits.max())
+            limit = int(limits.max())
+        if limit is not None and generation_config is None:
+            kwargs["max_new_tokens"] = limit
+        elif limit is not None:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.max_new_tokens = limit
 
         return super().generate(
             input_ids,
@@ -698,11 +717,16 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             **kwargs,
         )
 
-    def _append_image_start(self, input_ids, attention_mask, draws):
+    def _append_image_start(self, input_ids, attention_mask, draws, cached):
         """Appends `<start_index>` to drawing rows that lack it; the other rows get one more pad on the left."""
         lacking = draws & (input_ids[:, -1] != self.config.image_start_token_id)
         if not lacking.any():
             return input_ids, attention_mask
+        if cached > 0 and not lacking.all():
+            raise ValueError(
+                "Rows that continue a cache cannot be moved: end the prompts of all rows that draw with <start_index>, as "
+                "apply_chat_template(add_generation_prompt=True) does."
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if (attention_mask[:, -1] == 0).any():
@@ -735,6 +759,8 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
                 "repetition_penalty and prompt_lookup_num_tokens need transformers 5.18 or newer, since the id that stands "
                 "for pictures lies past the token tables."
             )
+        if draws.any() and option("forced_eos_token_id") is not None:
+            raise ValueError("forced_eos_token_id would take the place of a picture's last code: draw without it.")
         if (option("guidance_scale") or 1) != 1:
             raise ValueError("guidance_scale is not supported: its second pass would run without picture and task.")
         if draws.any() and not draws.all() and (option("num_beams") or 1) > 1:
@@ -767,8 +793,11 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             **kwargs,
         )
         if pixel_values is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
-            first_positions = (input_ids == self.config.image_token_id).nonzero()[:: self.config.num_image_patches]
-            pixel_values = pixel_values[first_positions[:, 1] >= cached_length(past_key_values)]
+            starts = (input_ids == self.config.image_token_id).nonzero()[:: self.config.num_image_patches, 1]
+            cached = cached_length(past_key_values)
+            if ((starts < cached) & (cached < starts + self.config.num_image_patches)).any():
+                raise ValueError("The cache ends within a picture: crop it before or after.")
+            pixel_values = pixel_values[starts >= cached]
             model_inputs["pixel_values"] = pixel_values if len(pixel_values) > 0 else None
         return model_inputs
 
@@ -817,7 +846,9 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
                     f"{self.config.num_image_codes}."
                 )
             codes.append(row)
-        return vqgan.decode(torch.stack(codes).to(vqgan.quantize.embed.weight.device)).float()
+        weight = vqgan.quantize.embed.weight
+        # What accelerate has offloaded is on the meta device, and its input is moved by accelerate's hooks.
+        return vqgan.decode(torch.stack(codes).to(None if weight.is_meta else weight.device)).float()
 
     @torch.no_grad()
     def encode_image(self, pixels: torch.FloatTensor) -> torch.LongTensor:
@@ -842,7 +873,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
                 f"The VQGAN reads pictures of shape (batch, {', '.join(map(str, expected))}), got {tuple(pixels.shape)}."
             )
         weight = vqgan.quantize.embed.weight
-        return vqgan.encode(pixels.to(weight.device, weight.dtype))
+        return vqgan.encode(pixels.to(None if weight.is_meta else weight.device, weight.dtype))
 
     def _require_vqgan(self):
         if self.model.vqgan is None:

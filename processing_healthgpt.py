@@ -85,7 +85,7 @@ class HealthGPTProcessor(ProcessorMixin):
         Raises:
             ValueError: if there is no text, a picture cannot be used, or pictures and prompts do not fit each other.
         """
-        prompts = [text] if isinstance(text, str) else list(text or [])
+        prompts = list(text) if isinstance(text, (list, tuple)) else [text]
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise ValueError("HealthGPT needs prompts that are not empty: text is a string or a list of strings.")
         merged = self._merge_kwargs(
@@ -97,7 +97,7 @@ class HealthGPTProcessor(ProcessorMixin):
             raise ValueError(
                 f"The prompts have {sum(placeholders)} {self.image_token} but {len(pictures)} pictures were given."
             )
-        is_nested = isinstance(images, (list, tuple)) and all(isinstance(item, (list, tuple)) for item in images)
+        is_nested = isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images)
         if is_nested and placeholders != [len(_flatten(item)) for item in images]:
             raise ValueError(
                 f"The prompts have {placeholders} {self.image_token} but {[len(_flatten(item)) for item in images]} pictures "
@@ -139,17 +139,15 @@ class HealthGPTProcessor(ProcessorMixin):
             ValueError: if a task is unknown or a conversation's last message has no text and its task no default prompt.
         """
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
-        task = task_from_mode(
-            task or processor_kwargs.pop("task", None),
-            generation_mode or processor_kwargs.pop("generation_mode", None),
-        )
+        named, mode = processor_kwargs.pop("task", None), processor_kwargs.pop("generation_mode", None)
+        task = task_from_mode(named if task is None else task, mode if generation_mode is None else generation_mode)
         if processor_kwargs:
             kwargs["processor_kwargs"] = processor_kwargs
         is_batched = isinstance(conversation, (list, tuple)) and isinstance(
             next(iter(conversation), None), (list, tuple)
         )
         conversations = conversation if is_batched else [conversation]
-        tasks = [task] * len(conversations) if isinstance(task, str) else list(task)
+        tasks = list(task) if isinstance(task, (list, tuple)) else [task] * len(conversations)
         if len(tasks) != len(conversations):
             raise ValueError(
                 f"Got {len(tasks)} tasks for {len(conversations)} conversations: give one, or one for each."

@@ -96,6 +96,7 @@ def test_a_checkpoint_that_lacks_or_has_too_many_tensors_is_refused(checkpoints,
     for change, message in (
         ("lack", "lacks tensors of the model"),
         ("extra", "has tensors that the model has no place for"),
+        ("shape", "has tensors of another shape than its configuration says"),
     ):
         folder = tmp_path / change
         shutil.copytree(source, folder)
@@ -104,8 +105,10 @@ def test_a_checkpoint_that_lacks_or_has_too_many_tensors_is_refused(checkpoints,
             path.unlink()
         if change == "lack":
             del tensors["model.projectors.comprehension.0.bias"]
-        else:
+        elif change == "extra":
             tensors["model.projectors.comprehension.4.bias"] = torch.zeros(3)
+        else:
+            tensors["model.projectors.comprehension.0.bias"] = torch.zeros(3)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=rf"{message}, 1 in all: model\.projectors\.comprehension\."):
             AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)

@@ -1,5 +1,6 @@
 """The model beyond the golden numbers: batches, tasks side by side, threads, transformers' ways of generating."""
 
+import copy
 import threading
 
 import pytest
@@ -105,6 +106,12 @@ def test_text_rows_of_a_mixed_batch_stop_at_their_own_limit(m3):
         assert sequences[0, length:].tolist()[:3] == cases[0]["generated_ids"][:3]
         assert (sequences[0, length + 3 :] == model.generation_config.pad_token_id).all()
         assert sequences[1, length:].tolist() == cases[1]["generated_ids"]
+        answers = model.generate(**inputs_of(processor, cases[:1] * 2), **limit)
+        assert answers.shape[1] == (length if "max_length" in limit else inputs_length(processor, cases[0])) + 3
+
+
+def inputs_length(processor, case):
+    return inputs_of(processor, case)["input_ids"].shape[1]
 
 
 def test_text_rows_of_a_mixed_batch_keep_their_least_length(m3):
@@ -168,6 +175,59 @@ def test_a_new_picture_is_added_to_a_kept_cache(m3):
         else:
             with pytest.raises(ValueError, match=message):
                 model.generate(ids, past_key_values=cache)
+    cache = model(ids[:, :between], pixel_values=pixels[:1], use_cache=True).past_key_values
+    cache.crop(-(between - int((ids[0] == model.config.image_token_id).nonzero()[3])))
+    with pytest.raises(ValueError, match="The cache ends within a picture"):
+        model.generate(ids, pixel_values=pixels, past_key_values=cache)
+
+
+def test_rows_that_continue_a_cache_are_not_moved(m3):
+    checkpoint, model, processor = m3
+    cases, tasks = [checkpoint.cases[0], checkpoint.cases[4]], ["comprehension", "generation"]
+    inputs = inputs_of(processor, cases)
+    first = model.generate(**inputs, task=tasks, min_new_tokens=64, return_dict_in_generate=True)
+    start = model.config.image_start_token_id
+    for ends in (torch.tensor([[7, 8], [9, start]]), torch.tensor([[7, 8], [9, 8]])):
+        more = torch.cat([first.sequences, ends], dim=1)
+        mask = torch.cat(
+            [inputs["attention_mask"], torch.ones(2, more.shape[1] - inputs["input_ids"].shape[1])], dim=1
+        )
+        call = dict(attention_mask=mask, task=tasks, max_new_tokens=6)
+        if ends[1, 1] == start:
+            whole = model.generate(more, pixel_values=inputs["pixel_values"], **call)
+            cache = copy.deepcopy(first.past_key_values)
+            assert torch.equal(model.generate(more, past_key_values=cache, **call), whole)
+        else:
+            with pytest.raises(ValueError, match="Rows that continue a cache cannot be moved"):
+                model.generate(more, past_key_values=first.past_key_values, **call)
+
+
+def test_offloaded_parts_draw_and_read_pictures(m3, checkpoints, tmp_path):
+    checkpoint, model, processor = m3
+    offloaded = AutoModelForImageTextToText.from_pretrained(
+        checkpoint.folder,
+        trust_remote_code=True,
+        device_map="auto",
+        max_memory={"cpu": model.get_memory_footprint() - 10**6},
+        offload_folder=tmp_path,
+    )
+    assert offloaded.model.vqgan.quantize.embed.weight.is_meta
+    inputs = inputs_of(processor, checkpoint.cases[4])
+    sequences = offloaded.generate(**inputs, task="generation")
+    pixels = model.decode_image_tokens(sequences)
+    assert torch.equal(offloaded.decode_image_tokens(sequences), pixels)
+    assert torch.equal(offloaded.encode_image(pixels), model.encode_image(pixels))
+
+
+def test_the_mode_names_the_task_in_forward_too(m3):
+    _, model, _ = m3
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = model(ids, task="generation").logits
+        assert torch.equal(model(ids, generation_mode="image").logits, expected)
+        assert not torch.equal(model(ids, task=None).logits, expected)
+        hidden = model.model(ids, generation_mode="image").last_hidden_state
+        assert torch.equal(model.token_heads["generation"](hidden), expected)
 
 
 def test_an_answer_never_holds_the_picture_placeholder(checkpoints):
@@ -467,7 +527,7 @@ def test_what_cannot_be_done_is_said(m3, checkpoints):
             call(ids.repeat(4, 1), task=["comprehension", "generation"])
     with pytest.raises(ValueError, match="has no task 3; it has comprehension, generation"):
         model(ids, task=3)
-    for nothing in (ids[:, :0], ids[0]):
+    for nothing in (ids[:, :0], ids[:0], ids[0]):
         with pytest.raises(ValueError, match=r"needs a prompt: input_ids \(batch, length\)"):
             model.generate(nothing)
     with pytest.raises(ValueError, match=r"reads pictures of shape \(batch, 3, 32, 32\), got \(1, 3, 64, 32\)"):
@@ -484,6 +544,10 @@ def test_what_cannot_be_done_is_said(m3, checkpoints):
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="16 picture positions, but 0 pictures of 16 patches"):
             call(inputs["input_ids"])
+    with pytest.raises(ValueError, match="The labels hold the id of <image>"):
+        model(**inputs, labels=inputs["input_ids"])
+    with pytest.raises(ValueError, match="forced_eos_token_id would take the place of a picture's last code"):
+        model.generate(**drawing, task="generation", forced_eos_token_id=2)
     with pytest.raises(ValueError, match="guidance_scale is not supported"):
         model.generate(ids, guidance_scale=3.0)
     with pytest.raises(ValueError, match=r"4096 tokens and needs room for 1 more, .* window is 4096"):

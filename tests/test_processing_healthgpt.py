@@ -158,6 +158,8 @@ def test_what_cannot_be_used_is_said_in_one_sentence(processor, tmp_path, monkey
         (dict(conversation=chat({"type": "text", "text": ""}), task="generation"), "no text, which task 'generation'"),
         (dict(conversation=chat(text), task="x_ray"), "no task 'x_ray'; it has comprehension, generation"),
         (dict(conversation=[chat(text)] * 2, task=["comprehension"]), "1 tasks for 2 conversations"),
+        (dict(conversation=chat(text), task=""), "no task ''; it has"),
+        (dict(conversation=chat(text), task=[]), "0 tasks for 1 conversations"),
         (dict(conversation=[[]]), "conversation is a list of at least one message"),
         (dict(conversation=chat(text), generation_mode="video"), "generation_mode is 'text' or 'image'"),
     ):
@@ -169,10 +171,15 @@ def test_what_cannot_be_used_is_said_in_one_sentence(processor, tmp_path, monkey
         (dict(text=["a", " "]), "needs prompts that are not empty"),
         (dict(text=()), "needs prompts that are not empty"),
         (dict(text=[]), "needs prompts that are not empty"),
+        (dict(text=5), "needs prompts that are not empty"),
         (dict(text="<image> and <image>?", images=[Image.new("RGB", (9, 9))]), "have 2 <image> but 1 pictures"),
         (
             dict(text=["<image> a", "b"], images=[[], [Image.new("RGB", (9, 9))]]),
             r"have \[1, 0\] <image> but \[0, 1\] pictures",
+        ),
+        (
+            dict(text=["<image> a", "<image> b"], images=[[Image.new("RGB", (9, 9))] * 2, None]),
+            r"have \[1, 1\] <image> but \[2, 0\] pictures",
         ),
         (dict(text="no place", images=[Image.new("RGB", (9, 9))]), "have 0 <image> but 1 pictures"),
         (
@@ -182,6 +189,7 @@ def test_what_cannot_be_used_is_said_in_one_sentence(processor, tmp_path, monkey
     ):
         with pytest.raises(ValueError, match=message):
             processor(**arguments)
+    assert processor(text="No picture.", images=[]) == processor(text="No picture.")
 
 
 @pytest.mark.parametrize(

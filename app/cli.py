@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .common import Checkpoint, Device, Dtype, count_parameters, load, prepare, require_checkpoint, require_kind
 from .evaluate import evaluation
-from .export import export, plugins
+from .export import export, plugins, push
 from .train import train
 
 # Packages that only some commands need, and the extra that brings them.
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(export)
+app.command()(push)
 app.command()(train)
 app.add_typer(evaluation, name="eval")
 app.add_typer(plugins, name="plugin")

@@ -13,6 +13,9 @@ from .common import count_parameters
 
 plugins = typer.Typer(help="List the plugins of a checkpoint, take one out, put one in.", no_args_is_help=True)
 
+Public = Annotated[bool, typer.Option("--public", help="Make a new repository public; by default private.")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request on the repository.")]
+
 
 def export(
     output: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
@@ -42,10 +45,8 @@ def export(
         bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
     push_to_hub: Annotated[str | None, typer.Option(help="Repository user/name to upload the result to.")] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="Make a new repository public; by default private.")
-    ] = False,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request on the repository.")] = False,
+    public: Public = False,
+    create_pr: CreatePr = False,
 ) -> None:
     """
     Merges the published files into one checkpoint that from_pretrained loads.
@@ -55,9 +56,10 @@ def export(
     Example: healthgpt export --base Phi-3-mini-4k-instruct --vision clip-vit-large-patch14-336
     --comprehension com_hlora_weights.bin --output HealthGPT-M3
     """
-    from ..hub_export import ExportSources, push
+    from ..hub_export import ExportSources
     from ..hub_export import export as run
-    from ..hub_export.hub import fetch
+    from ..hub_export import push as upload
+    from ..hub_export.hub import fetch, require_repository
     from ..hub_export.plan import build_plan
     from ..hub_export.presets import PRESETS
 
@@ -82,6 +84,10 @@ def export(
     if missing:
         raise ValueError(f"The export needs {' and '.join(missing)}, or a --preset that names them.")
     sources = ExportSources(**named)
+    if push_to_hub is None and (public or create_pr):
+        raise ValueError("--public and --create-pr go with --push-to-hub.")
+    if push_to_hub is not None:
+        require_repository(push_to_hub)
     if dry_run:
         print_plan(build_plan(fetch(sources), dtype))
         return
@@ -92,10 +98,28 @@ def export(
             bar = bars.add_task(stage, total=total)
             return lambda nbytes: bars.advance(bar, nbytes)
 
-        run(sources, output, dtype, quantize, skip_forward, push_to_hub, preset, progress)
+        run(sources, output, dtype, quantize, skip_forward, preset, progress)
     typer.echo(f"{output}")
     if push_to_hub is not None:
-        typer.echo(push(output, push_to_hub, public, create_pr))
+        typer.echo(upload(output, push_to_hub, public, create_pr))
+
+
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
+    repository: Annotated[str, typer.Argument(help="user/name; made if it does not exist.")],
+    public: Public = False,
+    create_pr: CreatePr = False,
+) -> None:
+    """
+    Uploads an exported checkpoint to the Hub, as export --push-to-hub does: after a plugin was added, say.
+
+    Example: healthgpt push HealthGPT-M3 user/HealthGPT-M3
+    """
+    from ..hub_export import push as run
+    from ..hub_export.hub import require_repository
+
+    require_repository(repository)
+    typer.echo(run(checkpoint, repository, public, create_pr))
 
 
 @plugins.command("list")

@@ -1,5 +1,7 @@
 """The model card of an exported checkpoint."""
 
+from pathlib import Path
+
 from huggingface_hub import ModelCardData
 
 from ..configuration_healthgpt import HealthGPTConfig
@@ -22,7 +24,7 @@ tasks are plugins (H-LoRA) on the same base; `task` picks one for each row of a 
 ```python
 {snippet}```
 
-`trust_remote_code=True` runs the code that lies beside the weights. It needs torch, transformers 5 and Pillow.
+`trust_remote_code=True` runs the code that lies beside the weights. It needs torch, transformers 5{needs} and Pillow.
 
 ## What it can do
 
@@ -37,7 +39,7 @@ touches them. The data it learned from covers few modalities, places and groups 
 
 {results}## Where it comes from
 
-Merged by `healthgpt export` from the published files, each tensor compared with its source.
+Merged by `healthgpt export` from the published files, each tensor compared with its source.{quantized}
 
 | source | bytes | SHA-256 |
 |---|---|---|
@@ -101,7 +103,7 @@ def build_card(config: HealthGPTConfig, record: dict) -> str:
         config (`HealthGPTConfig`): What the checkpoint can do.
         record (`dict`): Where it comes from, the content of `healthgpt_export.json`: `name` under which it will be
             loaded, `preset` if that was said, `base_model` if the base was named as on the Hub, `sources` with their
-            checksums, `versions`.
+            checksums, `quantize` if that was asked for, `versions`.
     """
     name, published = record["name"], PRESETS.get(record["preset"])
     tasks = config.tasks
@@ -125,7 +127,13 @@ def build_card(config: HealthGPTConfig, record: dict) -> str:
         )
         results = RESULTS.format(name=published.name, paper=PAPER, rows=rows)
     abilities = ["answers questions about medical pictures"] * bool(asks) + ["draws medical pictures"] * bool(draws)
+    quantized, needs = "", ""
+    if record["quantize"]:
+        quantized = f" Then bitsandbytes stored the linears of the language model in {record['quantize'].removesuffix('bit')} bits."
+        needs = ", accelerate, bitsandbytes"
     return CARD.format(
+        needs=needs,
+        quantized=quantized,
         front_matter=data.to_yaml(),
         name=name.split("/")[-1],
         paper=PAPER,
@@ -143,3 +151,10 @@ def build_card(config: HealthGPTConfig, record: dict) -> str:
         ),
         versions=", ".join(f"{library} {version}" for library, version in record["versions"].items()),
     )
+
+
+def rewrite_card(folder: Path, old: tuple[HealthGPTConfig, dict], new: tuple[HealthGPTConfig, dict]) -> None:
+    """Brings a checkpoint's card up to date with its configuration and record; one that somebody else wrote stays as it is."""
+    card = folder / CARD_NAME
+    if card.is_file() and card.read_text(encoding="utf-8") == build_card(*old):
+        card.write_text(build_card(*new), encoding="utf-8")

@@ -65,7 +65,7 @@ def family_of(base: Path) -> Family:
     Raises:
         CheckpointError: if the base is none that HealthGPT was published for.
     """
-    model_type = read_json(base / "config.json").get("model_type")
+    model_type = str(read_json(base / "config.json").get("model_type"))
     tokenizer_class = str(read_json(base / "tokenizer_config.json").get("tokenizer_class")).removesuffix("Fast")
     if (model_type, tokenizer_class) not in FAMILIES:
         known = ", ".join(f"{model} with {tokenizer}" for model, tokenizer in FAMILIES)

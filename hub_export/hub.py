@@ -10,16 +10,20 @@ from huggingface_hub import HfApi, hf_hub_download, parse_hf_uri, snapshot_downl
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
+from ..configuration_healthgpt import HealthGPTConfig
+from .card import rewrite_card
 from .families import read_json
 from .plan import ExportSources
 from .sources import CheckpointError
-from .write import RECORD_NAME
+from .write import RECORD_NAME, require_files, write_json
 
 CONFIGURATIONS = ["config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json"]
 CONFIGURATIONS += ["tokenizer.model", "vocab.json", "merges.txt"]
@@ -65,9 +69,21 @@ def fetch_file(uri) -> Path:
         return Path(hf_hub_download(uri.id, uri.path_in_repo, revision=uri.revision))
 
 
+def require_repository(name: str) -> None:
+    """
+    Raises:
+        CheckpointError: if a repository cannot have this name.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CheckpointError(f"{name!r} is no name of a repository, such as user/name.") from error
+
+
 def push(folder: Path, repository: str, public: bool = False, create_pr: bool = False) -> str:
     """
-    Uploads the files that an export wrote, and no others that may lie beside them. What the Hub has already is not sent again, so that a broken upload goes on.
+    Uploads the files that an export wrote, and no others that may lie beside them. What the Hub has already is not sent again, so
+    that a broken upload goes on; weight files of another export that it has go.
 
     Args:
         folder (`Path`): The checkpoint.
@@ -79,16 +95,23 @@ def push(folder: Path, repository: str, public: bool = False, create_pr: bool = 
         `str`: Where the upload can be seen.
 
     Raises:
-        CheckpointError: if the Hub refuses or cannot be reached.
+        CheckpointError: if a file is missing, or the Hub refuses or cannot be reached.
     """
+    record = read_json(folder / RECORD_NAME)
+    files = record["files"]
+    require_files(folder, files)
+    named = record | {"name": repository}
+    config = HealthGPTConfig.from_dict(read_json(folder / "config.json"))
+    rewrite_card(folder, (config, record), (config, named))  # its snippet loads the repository
+    write_json(folder / RECORD_NAME, named)
     with asking(repository):
         api = HfApi()
         api.create_repo(repository, private=not public, exist_ok=True)
-        files = read_json(folder / RECORD_NAME)["files"]
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
             allow_patterns=files,
+            delete_patterns=SAFETENSORS,
             commit_message="HealthGPT checkpoint",
             create_pr=create_pr,
         )

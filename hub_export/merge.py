@@ -26,14 +26,27 @@ from PIL import Image
 from .. import __version__
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from .card import CARD_NAME, build_card
+from .families import read_json
 from .hub import fetch
 from .plan import ExportSources, Plan, build_plan
+from .presets import require_preset
 from .quantize import quantize_checkpoint, require_bitsandbytes
 from .sources import CheckpointError, check_archive, reading
-from .write import RECORD_NAME, Advance, split_into_shards, verify_shard, write_index, write_json, write_shard
+from .write import (
+    RECORD_NAME,
+    Advance,
+    require_files,
+    split_into_shards,
+    verify_shard,
+    write_index,
+    write_json,
+    write_shard,
+    writing,
+)
 
 logger = logging.getLogger(__name__)
 
+ROOT = Path(__file__).parent.parent
 HUB_FILES = (
     "configuration_healthgpt.py",
     "modeling_healthgpt.py",
@@ -42,6 +55,10 @@ HUB_FILES = (
     "vqgan_decoder.py",
 )
 SPACE_BESIDE_WEIGHTS = 50 * 10**6  # tokenizer, configuration, code
+
+
+class NotEnoughSpace(CheckpointError):
+    """The disk is too small for an export."""
 
 
 def no_progress(stage: str, total: int) -> Advance:
@@ -54,7 +71,6 @@ def export(
     dtype: str | None = None,
     quantize: str | None = None,
     skip_forward: bool = False,
-    name: str | None = None,
     preset: str | None = None,
     progress: Callable[[str, int], Advance] = no_progress,
 ) -> Plan:
@@ -69,8 +85,6 @@ def export(
         quantize (`str`, *optional*): `"4bit"` or `"8bit"` to write a bitsandbytes checkpoint.
         skip_forward (`bool`, defaults to `False`): Whether to leave out the forward pass of every task that ends the
             checks. It takes as much memory as the model, and is left out too where there is not so much.
-        name (`str`, *optional*, defaults to the folder's): What the model card calls the checkpoint: the repository to
-            which it will be pushed.
         preset (`str`, *optional*): Which published model this is (a key of `PRESETS`), for the model card.
         progress (`Callable`, *optional*): Called with a stage's name and its number of bytes; returns what is called
             with the number of bytes that were done since the last call.
@@ -79,7 +93,8 @@ def export(
         `Plan`: What was written.
 
     Raises:
-        CheckpointError: if a source cannot be used or the disk is too small; then nothing is left behind.
+        CheckpointError: if a source cannot be used; then nothing is left behind.
+        NotEnoughSpace: if the disk is too small; then the weight files that an earlier run finished are kept.
         FileExistsError: if the output folder has something else in it.
         FileNotFoundError: if the folder around it does not exist.
     """
@@ -93,10 +108,14 @@ def export(
         raise FileExistsError(f"{output} exists and is not an empty folder.")
     local = fetch(sources)
     plan = build_plan(local, dtype)
-    fingerprint = fingerprint_of(plan, local, quantize, name or output.name, preset)
+    if preset is not None:
+        require_preset(plan.config, preset)
+    fingerprint = fingerprint_of(plan, local, quantize, preset)
     if is_full:
-        if read_fingerprint(output) != fingerprint:
+        record = read_json(output / RECORD_NAME)
+        if record.get("fingerprint") != fingerprint:
             raise FileExistsError(f"{output} exists and is not an empty folder: it holds another export.")
+        require_files(output, record["files"])
         return plan
 
     partial = output.parent / f".{output.name}.partial"
@@ -107,22 +126,24 @@ def export(
     except filelock.Timeout:
         raise CheckpointError(f"Another export to {output} is under way.") from None
     try:
-        record = fill(partial, plan, fingerprint, quantize, progress)
-        is_local = Path(sources.base).exists()
-        record["base_model"] = None if is_local else str(sources.base).removeprefix("hf://").split("@")[0]
-        record |= {"name": name or output.name, "preset": preset}
-        (partial / CARD_NAME).write_text(build_card(plan.config, record), encoding="utf-8")
-        record["files"] = sorted(path.name for path in partial.iterdir() if path.name != ".lock")
-        write_json(partial / RECORD_NAME, record)  # `push` uploads these files and no others
+        with writing(output):
+            record = fill(partial, plan, fingerprint, quantize, progress)
+            is_local = Path(sources.base).exists()
+            record["base_model"] = None if is_local else str(sources.base).removeprefix("hf://").split("@")[0]
+            record |= {"name": output.name, "preset": preset}
+            (partial / CARD_NAME).write_text(build_card(plan.config, record), encoding="utf-8")
+            record["files"] = sorted(path.name for path in partial.iterdir() if path.name != ".lock")
+            write_json(partial / RECORD_NAME, record)  # `push` uploads these files and no others
         if not skip_forward:
             check_forward(plan, partial)
         (partial / ".lock").unlink()
         if output.exists():
             output.rmdir()
         partial.rename(output)
-    except OSError as error:
-        shutil.rmtree(partial)
-        raise CheckpointError(f"{output} could not be written, and nothing was kept: {error}.") from error
+    except NotEnoughSpace:
+        if not any(partial.rglob("*.safetensors")):
+            shutil.rmtree(partial)
+        raise
     except Exception:  # whatever went wrong, nothing half written stays; only an interruption may be resumed
         shutil.rmtree(partial)
         raise
@@ -133,7 +154,8 @@ def export(
 
 def fill(partial, plan, fingerprint, quantize, progress) -> dict:
     """Makes the checkpoint in the partial folder, from whatever an earlier run left there, and returns its record."""
-    if read_fingerprint(partial) != fingerprint:
+    record = partial / RECORD_NAME
+    if not record.is_file() or read_json(record)["fingerprint"] != fingerprint:
         clear(partial)
         write_json(partial / RECORD_NAME, {"fingerprint": fingerprint})
     merged = partial if quantize is None else partial / "merged"
@@ -167,15 +189,14 @@ def fingerprint_of(plan: Plan, sources: ExportSources, *options: str | None) -> 
         "files": files,
         "names": {name: str(value) for name, value in asdict(sources).items()},
         "config": plan.config.to_dict(),
+        "generation_config": plan.generation_config.to_dict(),
+        "processor": plan.processor.to_dict(),
+        "tokenizer": [plan.processor.tokenizer.backend_tokenizer.to_str(), plan.processor.chat_template],
+        "code": [(ROOT / name).read_text(encoding="utf-8") for name in HUB_FILES],
         "transfers": [(transfer.target, transfer.origin, transfer.rows) for transfer in plan.transfers],
         "options": options,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def read_fingerprint(folder: Path) -> str | None:
-    record = folder / RECORD_NAME
-    return json.loads(record.read_text()).get("fingerprint") if record.is_file() else None
 
 
 def clear(folder: Path) -> None:
@@ -190,15 +211,17 @@ def clear(folder: Path) -> None:
 def require_space(plan: Plan, folder: Path, quantize: str | None) -> None:
     """
     Raises:
-        CheckpointError: if the disk cannot take what is still to be written.
+        NotEnoughSpace: if the disk cannot take what is still to be written.
     """
+    for path in folder.glob("*.unfinished"):
+        path.unlink()
     there = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
     needed = plan.total_bytes - there + SPACE_BESIDE_WEIGHTS
     if quantize is not None:  # the merged checkpoint and the quantised one are there at once
         needed += plan.total_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise CheckpointError(f"The disk has {free / 1e9:.2f} GB free, but the export needs {needed / 1e9:.2f} GB.")
+        raise NotEnoughSpace(f"The disk has {free / 1e9:.2f} GB free, but the export needs {needed / 1e9:.2f} GB.")
 
 
 def check_sources(plan: Plan, progress: Callable[[str, int], Advance]) -> list[dict]:
@@ -236,7 +259,7 @@ def write_files(plan: Plan, folder: Path) -> None:
     plan.processor.save_pretrained(folder)
     plan.generation_config.save_pretrained(folder)
     for name in HUB_FILES:
-        shutil.copyfile(Path(__file__).parent.parent / name, folder / name)
+        shutil.copyfile(ROOT / name, folder / name)
 
 
 def check_forward(plan: Plan, folder: Path) -> None:

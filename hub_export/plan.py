@@ -37,6 +37,7 @@ CUSTOM_PIPELINES = {
     }
 }
 PUBLISHED_NUM_CODES = 8192
+MAX_CODES = 2**17  # each is a token
 PIECE_BYTES = 64 * 2**20  # tensors are read and converted in pieces of about this size
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -82,8 +83,8 @@ class ExportSources:
             )
         if self.num_codes is not None and self.vqgan is not None:
             raise CheckpointError("The number of codes follows from the VQGAN: give only one of the two.")
-        if self.num_codes is not None and self.num_codes < 1:
-            raise CheckpointError(f"The number of codes must be positive, got {self.num_codes}.")
+        if self.num_codes is not None and not 1 <= self.num_codes <= MAX_CODES:
+            raise CheckpointError(f"The number of codes must be from 1 to {MAX_CODES}, got {self.num_codes}.")
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,12 @@ def build_plan(sources: ExportSources, dtype: str | None = None) -> Plan:
         if path is not None
     }
     vqgan_config = None if sources.vqgan_config is None else read_vqgan_config(Path(sources.vqgan_config))
+    vqgan = {} if sources.vqgan is None else read_file(sources.vqgan)
+    if "quantize.embed.weight" in vqgan and vqgan["quantize.embed.weight"].shape[:1] != (vqgan_config.num_codes,):
+        raise CheckpointError(
+            f"quantize.embed.weight in {sources.vqgan} has the shape {list(vqgan['quantize.embed.weight'].shape)}, but "
+            f"{sources.vqgan_config} says {vqgan_config.num_codes} codes: the files do not belong together."
+        )
 
     tokenizer = build_tokenizer(base)
     base_rows = len(tokenizer)
@@ -230,9 +237,13 @@ def build_plan(sources: ExportSources, dtype: str | None = None) -> Plan:
     if sources.fusion is not None:
         add_transfers(plan, read_file(sources.fusion), rules.fusion("generation"), sources.fusion)
     if sources.vqgan is not None:
-        add_transfers(plan, read_file(sources.vqgan), rules.VQGAN, sources.vqgan)
+        add_transfers(plan, vqgan, rules.VQGAN, sources.vqgan)
     check_targets(plan)
     config.dtype = DTYPES[dtype] if dtype is not None else base_tensors["model.embed_tokens.weight"].dtype
+    if config.dtype not in DTYPES.values():
+        raise CheckpointError(
+            f"The base {base} is stored in {config.dtype}: choose a dtype, one of {', '.join(DTYPES)}."
+        )
     return plan
 
 
@@ -257,10 +268,9 @@ def add_transfers(plan: Plan, tensors: dict[str, LazyTensor], table: list[rules.
 
 def drop_tied_head(plan: Plan, base_tensors: dict[str, LazyTensor]) -> None:
     """A base whose configuration ties its head to the embeddings may store both, if they are the same."""
-    head = base_tensors.pop("lm_head.weight", None)
-    if head is None:
+    if not {"lm_head.weight", "model.embed_tokens.weight"} <= base_tensors.keys():
         return
-    embeddings = base_tensors["model.embed_tokens.weight"]
+    head, embeddings = base_tensors.pop("lm_head.weight"), base_tensors["model.embed_tokens.weight"]
     pairs = zip(head.pieces(PIECE_BYTES), embeddings.pieces(PIECE_BYTES), strict=False)
     if head.shape != embeddings.shape or not all(torch.equal(left, right) for left, right in pairs):
         raise CheckpointError(
@@ -271,6 +281,18 @@ def drop_tied_head(plan: Plan, base_tensors: dict[str, LazyTensor]) -> None:
 
 def check_targets(plan: Plan) -> None:
     """Every tensor of the model must be filled, once, in its shape, and nothing else."""
+    for prefix, settings in (
+        ("model.language_model.layers.", plan.config.text_config),
+        ("model.vision_tower.vision_model.encoder.layers.", plan.config.vision_config),
+    ):
+        names = [
+            transfer.target.removeprefix(prefix) for transfer in plan.transfers if transfer.target.startswith(prefix)
+        ]
+        count = len({name.split(".")[0] for name in names})
+        if settings.num_hidden_layers > count:
+            raise CheckpointError(
+                f"The {settings.model_type} configuration says {settings.num_hidden_layers} layers, but the files have {count}."
+            )
     with reading("The configuration of the base, the vision tower or the VQGAN"), torch.device("meta"):
         model = HealthGPTForConditionalGeneration(plan.config)
     expected = {checkpoint_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
@@ -288,7 +310,7 @@ def check_targets(plan: Plan) -> None:
         raise CheckpointError(f"The sources lack {list_names(missing)} of the checkpoint.")
     for name, shape in expected.items():
         transfer = found[name]
-        if transfer.rows is not None and transfer.tensor.shape[0] < transfer.rows[0]:
+        if transfer.rows is not None and transfer.tensor.shape and transfer.tensor.shape[0] < transfer.rows[0]:
             raise CheckpointError(
                 f"{transfer.name} in {transfer.tensor.origin} has {transfer.tensor.shape[0]} rows, but the tokenizer has "
                 f"{transfer.rows[0]} tokens."
@@ -369,7 +391,7 @@ def read_vqgan_config(path: Path) -> HealthGPTVQGANConfig:
         params = yaml.safe_load(path.read_text())["model"]["params"]
         shape = params["ddconfig"]
         return HealthGPTVQGANConfig(
-            num_codes=params["n_embed"],
+            num_codes=int(params["n_embed"]),
             embed_dim=params["embed_dim"],
             latent_channels=shape["z_channels"],
             resolution=shape["resolution"],

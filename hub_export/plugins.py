@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration_healthgpt import HealthGPTConfig, TaskConfig
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
-from .card import CARD_NAME, build_card
+from .card import rewrite_card
 from .families import read_json
 from .plan import checkpoint_name, is_finite, list_names
 from .sources import CheckpointError, read_file, reading
-from .write import INDEX_NAME, RECORD_NAME, plugin_file, task_of, write_json
+from .write import INDEX_NAME, RECORD_NAME, plugin_file, task_of, write_json, writing
 
 WEIGHTS_NAME, CONFIG_NAME = "plugin.safetensors", "plugin_config.json"
 SINGLE_NAME, NUMBERED_NAME = "model.safetensors", "model-00001-of-00001.safetensors"
@@ -79,18 +79,20 @@ def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = Fal
             tensors |= {name: opened.get_tensor(name) for name in opened.keys() if name in copied}
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    if published:
-        for file, content in published_files(task, tables, tensors).items():
-            torch.save(content, partial / file)
-    else:
-        write_plugin(partial, task, asdict(config.tasks[task]), tensors)
-    partial.rename(output)
+    with writing(output, partial):
+        partial.mkdir()
+        if published:
+            for file, content in published_files(task, tables, tensors).items():
+                torch.save(content, partial / file)
+        else:
+            write_plugin(partial, task, asdict(config.tasks[task]), tensors)
+        partial.rename(output)
     if remove:
         weight_map = {name: file for name, file in weight_map.items() if name not in owned}
-        update(checkpoint, weight_map, {name: asdict(kept) for name, kept in config.tasks.items() if name != task})
-        for file in files:
-            (checkpoint / file).unlink()
+        with writing(checkpoint):
+            update(checkpoint, weight_map, {name: asdict(kept) for name, kept in config.tasks.items() if name != task})
+            for file in files:
+                (checkpoint / file).unlink()
 
 
 def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None, replace: bool = False) -> None:
@@ -144,14 +146,18 @@ def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None, replace:
             raise CheckpointError(
                 f"{key} in {plugin} has the shape {list(tensor.shape)}, but {checkpoint} needs {list(expected[key])}."
             )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{key} in {plugin} holds {tensor.dtype} instead of floating point numbers.")
         if not is_finite(tensor):
             raise CheckpointError(f"{key} in {plugin} has values that are NaN or infinite.")
     unfinished = checkpoint / f"{plugin_file(name)}.unfinished"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    unfinished.rename(checkpoint / plugin_file(name))
     weight_map = {key: file for key, file in weight_map.items() if key not in replaced}
     weight_map |= dict.fromkeys(tensors, plugin_file(name))
-    update(checkpoint, weight_map, {key: asdict(value) for key, value in grown.tasks.items()}, plugin / WEIGHTS_NAME)
+    with writing(checkpoint, unfinished):
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        unfinished.rename(checkpoint / plugin_file(name))
+        tasks = {key: asdict(value) for key, value in grown.tasks.items()}
+        update(checkpoint, weight_map, tasks, plugin / WEIGHTS_NAME)
 
 
 def published_files(task: str, tables: str | None, tensors: dict) -> dict[str, dict[str, torch.Tensor]]:
@@ -190,7 +196,9 @@ def read_checkpoint(checkpoint: Path) -> tuple[HealthGPTConfig, dict[str, str]]:
         config = HealthGPTConfig.from_dict(settings)
     if (checkpoint / SINGLE_NAME).is_file():  # transformers too looks for it first
         return config, dict.fromkeys(read_file(checkpoint / SINGLE_NAME), SINGLE_NAME)
-    return config, read_json(checkpoint / INDEX_NAME)["weight_map"]
+    index = read_json(checkpoint / INDEX_NAME)
+    with reading(checkpoint / INDEX_NAME):
+        return config, dict(index["weight_map"])
 
 
 def update(checkpoint: Path, weight_map: dict[str, str], tasks: dict[str, dict], added: Path | None = None) -> None:
@@ -221,14 +229,13 @@ def update(checkpoint: Path, weight_map: dict[str, str], tasks: dict[str, dict],
 
 def update_record(checkpoint: Path, old: HealthGPTConfig, new: HealthGPTConfig, weights: set[str], added) -> None:
     """Brings record and model card up to date; a card that somebody else has written stays as it is."""
-    record, card = read_json(checkpoint / RECORD_NAME), checkpoint / CARD_NAME
-    is_ours = card.is_file() and card.read_text(encoding="utf-8") == build_card(old, record)
+    before = read_json(checkpoint / RECORD_NAME)
+    record = dict(before)
     others = {file for file in record["files"] if not file.endswith(".safetensors")}
     record |= {"fingerprint": None, "files": sorted(others | weights)}
     if added is not None:
         content = added.read_bytes()
         source = {"file": added.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         record["sources"] = [other for other in record["sources"] if other != source] + [source]
-    if is_ours:
-        card.write_text(build_card(new, record), encoding="utf-8")
+    rewrite_card(checkpoint, (old, before), (new, record))
     write_json(checkpoint / RECORD_NAME, record)

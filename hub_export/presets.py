@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from .sources import CheckpointError
+
 PAPER = "https://arxiv.org/abs/2502.09838"
 VISION = "openai/clip-vit-large-patch14-336"
 DATASET = "lintw/VL-Health"
@@ -15,6 +17,7 @@ class Preset:
     Args:
         name (`str`): As its authors call it.
         license (`str`): That of the base, as the Hub writes it.
+        sizes (`tuple[int, int]`): Layers of its language model and their width.
         sources (`dict[str, str]`): Fields of `ExportSources`. The VQGAN is not on the Hub.
         results (`dict[str, dict[str, float]]`): What the paper reports, by benchmark and metric: accuracy in percent over
             the closed and over all questions; SSIM and LPIPS in percent, PSNR in dB, MSE of 8-bit levels.
@@ -22,6 +25,7 @@ class Preset:
 
     name: str
     license: str
+    sizes: tuple[int, int]
     sources: dict[str, str]
     results: dict[str, dict[str, float]]
 
@@ -51,6 +55,7 @@ PRESETS = {
     "m3": Preset(
         "HealthGPT-M3",
         "mit",
+        (32, 3072),
         {
             "base": "microsoft/Phi-3-mini-4k-instruct",
             "vision": VISION,
@@ -76,6 +81,7 @@ PRESETS = {
     "l14": Preset(
         "HealthGPT-L14",
         "mit",
+        (40, 5120),
         {
             "base": "microsoft/phi-4",
             "vision": VISION,
@@ -93,6 +99,7 @@ PRESETS = {
     "xl32": Preset(
         "HealthGPT-XL32",
         "apache-2.0",
+        (64, 5120),
         {
             "base": "Qwen/Qwen2.5-32B-Instruct",
             "vision": VISION,
@@ -101,3 +108,18 @@ PRESETS = {
         {"average": {"all": 70.4}},
     ),
 }
+
+
+def require_preset(config, name: str) -> None:
+    """
+    Raises:
+        CheckpointError: if there is no such preset, or the files are not of its size.
+    """
+    if name not in PRESETS:
+        raise CheckpointError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    preset, sizes = PRESETS[name], (config.text_config.num_hidden_layers, config.text_config.hidden_size)
+    if sizes != preset.sizes:
+        raise CheckpointError(
+            f"The files are not those of {preset.name}, whose language model has {preset.sizes[0]} layers of width "
+            f"{preset.sizes[1]}: this one has {sizes[0]} of {sizes[1]}."
+        )

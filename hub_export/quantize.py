@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import BitsAndBytesConfig
 
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
@@ -47,4 +48,28 @@ def quantize_checkpoint(merged: Path, folder: Path, quantize: str, dtype: torch.
     for path in quantized.iterdir():
         path.replace(folder / path.name)
     quantized.rmdir()
+    compare_unquantized(merged, folder)
     shutil.rmtree(merged)
+
+
+def compare_unquantized(merged: Path, folder: Path) -> None:
+    """
+    Compares every tensor that is not quantised with the merged checkpoint, bit for bit.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    written = {}
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            written |= dict.fromkeys(file.keys(), path)
+    for path in merged.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if name.endswith(".base_layer.weight"):
+                    continue
+                with safe_open(written[name], framework="pt") as other:
+                    if not torch.equal(file.get_tensor(name), other.get_tensor(name)):
+                        raise CheckpointError(
+                            f"{name} in {written[name]} differs from its source: is the disk in order?"
+                        )

@@ -7,6 +7,7 @@ nothing else; what a Lightning checkpoint names besides becomes an inert placeho
 
 import json
 import math
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,10 +85,10 @@ def read_directory(path: str | Path) -> dict[str, LazyTensor]:
         if (path / name).is_file():
             return read_file(path / name)
         if index.is_file():
-            try:
+            with reading(index):
                 shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise CheckpointError(f"{index} is no index of shards: {error!r}.") from error
+            if not all(isinstance(shard, str) and re.fullmatch(r"[\w.-]+", shard) for shard in shards):
+                raise CheckpointError(f"{index} is no index of shards: it must name files beside it.")
             return {key: tensor for shard in shards for key, tensor in read_file(path / shard).items()}
     raise CheckpointError(f"{path} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index.")
 
@@ -134,6 +135,8 @@ def _read_pickle(path):
         )
     try:
         file = _MappedPickle(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # zipfile and torch raise a dozen types for damaged files, down to AssertionError
         lines = str(error).split("\n")
         reason = next((line for line in lines if "WeightsUnpickler error" in line or "GLOBAL" in line), lines[-1])
@@ -161,7 +164,11 @@ class _MappedPickle:
     def map(self):
         with torch.serialization.safe_globals(self.placeholders):
             content = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        self.tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+        is_lightning = isinstance(content, dict) and isinstance(content.get("state_dict"), dict)
+        self.tensors = content["state_dict"] if is_lightning else content
+        beside = [name for name, value in content.items() if isinstance(value, torch.Tensor)] if is_lightning else []
+        if beside:
+            raise CheckpointError(f"{self.path} has tensors beside its state_dict: {', '.join(map(str, beside))}.")
         self.bytes_read = 0
 
     def rows(self, key, start, stop):

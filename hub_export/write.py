@@ -7,16 +7,18 @@ tensors follow one piece at a time, so that memory does not depend on the size o
 
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .plan import Plan, Transfer
-from .sources import CheckpointError
+from .sources import CheckpointError, read_file
 
 MAX_SHARD_BYTES = 5 * 10**9
 BLOCK_BYTES = 2**20  # one call of write with 64 MB was seen to take eight times as long on ext4
@@ -105,8 +107,30 @@ def write_index(plan: Plan, shards: dict[str, list[Transfer]], folder: Path) -> 
 def write_json(path: Path, content: dict) -> None:
     """Writes a file that is there whole or, after a kill, as it was."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.rename(path)
+    with writing(path, unfinished):
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
+        unfinished.rename(path)
+
+
+@contextmanager
+def writing(target: Path, partial: Path | None = None) -> Iterator[None]:
+    """
+    Turns what the libraries make of a full or read-only disk into one sentence, and takes the partial file or folder away.
+
+    Raises:
+        CheckpointError: if something could not be written.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if partial is not None and partial.is_dir():
+            shutil.rmtree(partial)
+        elif partial is not None:
+            partial.unlink(missing_ok=True)
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise CheckpointError(f"{target} could not be written, and nothing was kept: {reason}.") from error
 
 
 def verify_shard(plan: Plan, transfers: list[Transfer], path: Path, advance: Advance) -> None:
@@ -131,3 +155,18 @@ def verify_shard(plan: Plan, transfers: list[Transfer], path: Path, advance: Adv
                     "the disk is not in order."
                 )
             advance(piece.nbytes)
+
+
+def require_files(folder: Path, files: list[str]) -> None:
+    """
+    Raises:
+        CheckpointError: if a finished checkpoint lacks one of its files, or a weight file is cut off.
+    """
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(missing)}, which the export wrote: remove it and export again."
+        )
+    for name in files:
+        if name.endswith(".safetensors"):
+            read_file(folder / name)

@@ -6,9 +6,11 @@ Builds the small HealthGPT from nothing: `python -m healthgpt.phantoms.nano WORK
     fusion     token tables with the image codes           (stage 2)
     instruction  questions; the five drawing tasks         (stage 3)
     export     back to the published files and through `hub_export` to one checkpoint
+    card       what it makes of the test split, beside trivial answers
 
 Every step leaves its result in WORK and is not done again when it is there. The stages are those of `healthgpt.training` with higher
-learning rates and smaller batches than the published ones: a small model on a small machine.
+learning rates and smaller batches than the published ones: a small model on a small machine. `--compare` trains it in other ways as
+well (the first stage alone, without the second, all in one mixed stage) and puts them beside it.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from datasets import Dataset
@@ -25,9 +28,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from ..hub_export import ExportSources, export
+from ..hub_export.card import CARD_NAME
 from ..hub_export.plugins import extract_plugin
 from ..training import HealthGPTTrainer, Recipe, TrainingCollator, add_codes, read_samples, training_arguments
-from .parts import build_base, build_vision, build_vqgan
+from ..training.trainer import TRAINED_NAME
+from .card import nano_card
+from .parts import Log, build_base, build_vision, build_vqgan
+from .report import report_answers, report_pictures
 from .samples import write_samples
 
 RANKS = {"comprehension": (16, 4), "generation": (48, 4)}
@@ -61,33 +68,60 @@ STAGES = (
     Stage("instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0), 3000),
 )
 
+MIXED = Recipe({"projector": 1e-3, "plugin": 2e-3, "token_tables": 5e-3}, 16, 0.0)
+WAYS = {
+    "three stages": STAGES,
+    "stage 1 alone": STAGES[:2],
+    "without stage 2": STAGES[:2] + STAGES[3:],
+    "one mixed stage": (
+        Stage("mixed", ("comprehension", "generation"), (), MIXED, sum(stage.steps for stage in STAGES)),
+    ),
+}
 
-def build(work: Path, output: Path, scale: float = 1.0, stages: tuple[Stage, ...] = STAGES) -> None:
+
+def build(work: Path, output: Path, scale: float = 1.0, compare: bool = False) -> None:
     """
     Builds the checkpoint.
 
     Args:
         work (`Path`): Folder of intermediate results.
-        output (`Path`): Folder to make.
+        output (`Path`): Folder to make; what was there goes once the new one is complete.
         scale (`float`, defaults to 1.0): Share of steps and samples; a small one only shows that everything runs.
-        stages (`tuple[Stage, ...]`, *optional*): What is trained, in order.
+        compare (`bool`, defaults to `False`): Whether to train and measure the other `WAYS` too.
     """
     start = time.perf_counter()
 
     def log(text):
         print(f"{time.perf_counter() - start:7.0f} s  {text}", flush=True)
 
-    def steps(number):
-        return max(round(number * scale), 10)
-
     transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(0)
+    datasets.disable_progress_bars()
     work.mkdir(parents=True, exist_ok=True)
+    build_parts(work, scale, log)
+    for way, stages in WAYS.items():
+        if way == "three stages" or compare:
+            log(way)
+            model, processor = run_stages(work, stages, scale, log)
+            measure(model, processor, work / f"{way}.json", scale, log)
+            if stages is STAGES:
+                publish(model, processor, work)
+    log("export")
+    shutil.rmtree(work / "exported", ignore_errors=True)
+    export(sources_of(work, work / "trained"), work / "exported")
+    reports = {way: json.loads((work / f"{way}.json").read_text()) for way in WAYS if (work / f"{way}.json").exists()}
+    (work / "exported" / CARD_NAME).write_text(nano_card(output.name, reports), encoding="utf-8")
+    shutil.rmtree(output, ignore_errors=True)
+    shutil.copytree(work / "exported", output)
+    log(f"{output}: {sum(path.stat().st_size for path in output.iterdir()) / 1e6:.1f} MB")
+
+
+def build_parts(work: Path, scale: float, log: Log) -> None:
+    """The frozen parts, the samples, and the checkpoint that training starts from."""
     count = max(round(12000 * scale), 600)
     for name, make in (
-        ("base", lambda folder: build_base(folder, log, steps(1500))),
-        ("vision", lambda folder: build_vision(folder, log, steps(5000), count)),
-        ("vqgan", lambda folder: build_vqgan(folder, log, steps(1500), count)),
+        ("base", lambda folder: build_base(folder, log, share(1500, scale))),
+        ("vision", lambda folder: build_vision(folder, log, share(5000, scale), count)),
+        ("vqgan", lambda folder: build_vqgan(folder, log, share(1500, scale), count)),
         ("data", lambda folder: write_data(folder, scale)),
     ):
         if not (work / name).exists():
@@ -96,20 +130,35 @@ def build(work: Path, output: Path, scale: float = 1.0, stages: tuple[Stage, ...
             make(work / "making")
             (work / "making").rename(work / name)
     if not (work / "start").exists():
+        torch.manual_seed(0)
         for task, sizes in RANKS.items():
             write_fresh_plugin(work, task, *sizes)
         export(sources_of(work, work), work / "start", skip_forward=True)
+
+
+def share(steps: int, scale: float) -> int:
+    return max(round(steps * scale), 10)
+
+
+def run_stages(work: Path, stages: tuple[Stage, ...], scale: float, log: Log):
+    """Trains the stages one after the other and returns model and processor."""
     model, processor = load(work / "start")
     samples = {task: read_samples(work / f"data/{task}.jsonl", model.config) for task in KINDS}
     samples = {task: add_codes(rows, model, processor, batch_size=64) for task, rows in samples.items()}
+    folder = work / "stages"
     for stage in stages:
         log(stage.name)
-        train(model, processor, stage, samples, work, steps(stage.steps))
-    log("export")
-    publish(model, processor, work)
-    shutil.rmtree(output, ignore_errors=True)
-    export(sources_of(work, work / "trained"), output, name=output.name)
-    log(f"{output}: {sum(path.stat().st_size for path in output.iterdir()) / 1e6:.1f} MB")
+        folder = folder / stage.name  # the results of the stages before it decide what comes out
+        train(model, processor, stage, samples, folder, share(stage.steps, scale))
+    return model.eval(), processor
+
+
+def measure(model, processor, path: Path, scale: float, log: Log) -> None:
+    """Writes what the model makes of the test split, unless that is known."""
+    if not path.exists():
+        answers = report_answers(model, processor, share(200, scale), log)
+        pictures = report_pictures(model, processor, share(100, scale), log)
+        path.write_text(json.dumps({"answers": answers, "pictures": pictures}, indent=2))
 
 
 def write_data(folder: Path, scale: float) -> None:
@@ -154,11 +203,10 @@ def load(folder: Path):
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
-def train(model, processor, stage: Stage, samples: dict[str, Dataset], work: Path, steps: int) -> None:
+def train(model, processor, stage: Stage, samples: dict[str, Dataset], folder: Path, steps: int) -> None:
     """Runs one stage, or takes its result from an earlier run."""
     if "token_tables" in stage.recipe.learning_rates:
         model.use_token_tables("generation", list(stage.tasks))
-    folder = work / "stages" / stage.name
     rows = [row for task in stage.tasks for row in select(samples[task], stage.instructions)]
     arguments = training_arguments(
         stage.recipe,
@@ -183,12 +231,12 @@ def train(model, processor, stage: Stage, samples: dict[str, Dataset], work: Pat
         train_dataset=Dataset.from_list(rows),
         data_collator=TrainingCollator(processor, 512),
     )
-    if (folder / "trained.safetensors").exists():
+    if (folder / TRAINED_NAME).exists():
         trainer._load_from_checkpoint(folder)
     else:
         trainer.train()
         trainer.save_model(folder)
-    if "token_tables" in stage.recipe.learning_rates:  # as published, answers keep the base's tables
+    if stage.name == "fusion":  # as published, answers keep the base's tables
         model.use_token_tables(None, [task for task in stage.tasks if KINDS[task] == "text"])
 
 
@@ -212,8 +260,9 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder of intermediate results")
     parser.add_argument("output", type=Path, help="checkpoint to make")
     parser.add_argument("--scale", type=float, default=1.0, help="share of steps and samples")
+    parser.add_argument("--compare", action="store_true", help="train it in other ways too and put them beside it")
     arguments = parser.parse_args()
-    build(arguments.work, arguments.output, arguments.scale)
+    build(arguments.work, arguments.output, arguments.scale, arguments.compare)
 
 
 if __name__ == "__main__":

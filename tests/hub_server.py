@@ -119,6 +119,8 @@ def commit(handler, hub, body, query, name, revision):
         value = entry["value"]
         if entry["key"] == "file":
             files[value["path"]] = base64.b64decode(value["content"])
+        elif entry["key"] == "deletedFile":
+            files.pop(value["path"])
         elif entry["key"] == "lfsFile":
             files[value["path"]] = hub.blobs[value["oid"]]
     revision = "refs/pr/1" if "create_pr=1" in query else "main"

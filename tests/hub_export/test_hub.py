@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, weights_of
+from conftest import GOLDEN, sources_of, weights_of
 from hub_server import TOKEN, serve, sha_of
 from huggingface_hub import ModelCard
+
+from healthgpt.hub_export import export
 
 TESTS = Path(__file__).parent.parent
 PUSH = """
@@ -240,3 +242,31 @@ def test_export_pushes_when_asked_and_again_without_writing_again(hub, tmp_path)
     card = hub.repositories["user/tiny"]["revisions"]["main"]["README.md"].decode()
     assert 'from_pretrained("user/tiny", trust_remote_code=True)' in card
     assert json.loads(hub.repositories["user/tiny"]["revisions"]["main"]["healthgpt_export.json"])["sources"]
+
+
+def test_another_kind_of_export_takes_the_place_of_the_first(hub, tmp_path, checkpoints):
+    """A single weight file of the first would be read before the shards of the second."""
+    for name, quantize in (("small", "8bit"), ("whole", None)):
+        export(sources_of(GOLDEN / "m3"), tmp_path / name, quantize=quantize, skip_forward=True)
+        pushed = python(hub, tmp_path, *main("push", tmp_path / name, "user/tiny"))
+        assert pushed.returncode == 0, pushed.stderr
+        assert "user/tiny" in (tmp_path / name / "README.md").read_text()
+    assert "model.safetensors" not in hub.repositories["user/tiny"]["revisions"]["main"]
+    answered = python(hub, tmp_path, ANSWER, "main", GOLDEN / "m3/cases.json")
+    assert answered.returncode == 0, answered.stderr
+
+
+def test_what_cannot_be_pushed_is_said_before_anything_is_sent(hub, tmp_path, checkpoints):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints("m3").folder, folder)
+    (folder / "model-plugin_generation-00001-of-00001.safetensors").unlink()
+    refused = python(hub, tmp_path, *main("push", folder, "user/tiny"))
+    assert refused.returncode == 1 and "lacks model-plugin_generation-00001-of-00001.safetensors" in refused.stderr
+    refused = python(hub, tmp_path, *main("push", folder, "no good name!!"))
+    assert refused.returncode == 1 and "'no good name!!' is no name of a repository" in refused.stderr
+    arguments = m3_on_the_hub(hub)
+    refused = python(hub, tmp_path, *main(*arguments, "--push-to-hub", "no good name!!"))
+    assert refused.returncode == 1 and "is no name of a repository" in refused.stderr
+    refused = python(hub, tmp_path, *main(*arguments, "--public"))
+    assert refused.returncode == 1 and "go with --push-to-hub" in refused.stderr
+    assert not (tmp_path / "out").exists() and "user/tiny" not in hub.repositories

@@ -245,7 +245,7 @@ def test_sources_that_cannot_go_together():
         (dict(vqgan=None, vqgan_config=None), "only a VQGAN can draw"),
         (dict(generation=None), "fusion layer holds the generation task's"),
         (dict(num_codes=64), "follows from the VQGAN"),
-        (dict(num_codes=0, vqgan=None, vqgan_config=None, generation=None, fusion=None), "must be positive"),
+        (dict(num_codes=0, vqgan=None, vqgan_config=None, generation=None, fusion=None), "must be from 1 to 131072, got 0"),
     ):
         with pytest.raises(CheckpointError, match=message):
             replace(m3, **change)

@@ -1,0 +1,2 @@
+def nano_card(name, reports):
+    return "x"

@@ -1,0 +1,107 @@
+"""
+What a model makes of the phantoms of the test split, beside trivial answers: tables for the card of the small model.
+
+    answers    accuracy by kind of question           beside the most frequent answer of training
+    pictures   SSIM and PSNR by drawing task          beside the input copied, the mean training target and, as the ceiling, the
+                                                      true picture through the VQGAN
+"""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..evaluation import (
+    Item,
+    Records,
+    answer_items,
+    compare_pictures,
+    draw_samples,
+    summarise_answers,
+    summarise_pictures,
+)
+from .samples import INSTRUCTIONS, QUESTIONS, comprehension_sample, drawing_sample
+
+TRAINING = 200  # samples that the trivial answers are taken from
+
+
+def report_answers(model, processor, count: int, log=lambda text: None) -> dict[str, dict]:
+    """
+    Accuracy in percent for every kind of question, with its 95 % interval, and that of the most frequent answer.
+
+    Args:
+        model, processor: As `from_pretrained` loads them.
+        count (`int`): Questions of each kind.
+        log (`Callable`, *optional*): Told every kind when it is done.
+
+    Returns:
+        `dict[str, dict]`: By kind of question `value`, `low`, `high`, `count`, `majority` (the answer) and `trivial` (its
+        accuracy).
+    """
+    found = {}
+    for kind in QUESTIONS:
+        known = Counter(comprehension_sample("train", number, kind)["response"] for number in range(TRAINING))
+        majority = known.most_common(1)[0][0]
+        samples = [comprehension_sample("test", number, kind) for number in range(count)]
+        items = [
+            Item(str(number), sample["instruction"], sample["response"], "open", [sample["input_image"]])
+            for number, sample in enumerate(samples)
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            answered = answer_items(model, processor, items, Records(Path(folder), {}), batch_size=32)
+        trivial = 100 * sum(sample["response"] == majority for sample in samples) / count
+        found[kind] = summarise_answers(answered)["all"] | {"majority": majority, "trivial": trivial}
+        log(f"{kind}: {found[kind]['value']:.1f} %, the most frequent answer {trivial:.1f} %")
+    return found
+
+
+def report_pictures(model, processor, count: int, log=lambda text: None) -> dict[str, dict]:
+    """
+    SSIM and PSNR of every drawing task.
+
+    Args:
+        model, processor, log: As in [`report_answers`].
+        count (`int`): Pictures of each task.
+
+    Returns:
+        `dict[str, dict]`: By task and then by way (`drawn`, `input`, `mean`, `ceiling`) what `summarise_pictures` gives; a
+        task without input picture has no `input`.
+    """
+    found = {}
+    for kind in INSTRUCTIONS:
+        known = [drawing_sample("train", number, kind)["target_image"] for number in range(TRAINING)]
+        mean = Image.fromarray(
+            np.mean([np.asarray(picture, dtype=float) for picture in known], axis=0).round().astype(np.uint8)
+        )
+        samples = [drawing_sample("test", number, kind) for number in range(count)]
+        targets = [sample["target_image"] for sample in samples]
+        ways = {"drawn": draw(model, processor, samples), "mean": [mean] * count}
+        if samples[0]["input_image"] is not None:
+            ways["input"] = [sample["input_image"] for sample in samples]
+        codes = model.encode_image(processor.process_target_images(targets))
+        pixels = model.decode_image_tokens(codes + model.config.image_code_offset)
+        ways["ceiling"] = processor.post_process_multimodal_output(pixels, generation_mode="image")
+        found[kind] = {
+            way: summarise_pictures([compare_pictures(*pair) for pair in zip(pictures, targets, strict=True)])
+            for way, pictures in ways.items()
+        }
+        scores = {
+            way: f"{result['SSIM']['value']:.1f}/{result['PSNR']['value']:.2f}" for way, result in found[kind].items()
+        }
+        log(f"{kind}: SSIM/PSNR {scores}")
+    return found
+
+
+def draw(model, processor, samples: list[dict]) -> list[Image.Image]:
+    """The pictures that a model draws for samples of phantoms."""
+    rows = [
+        {"task": "generation", "instruction": sample["instruction"], "input_image": [sample["input_image"]]}
+        if sample["input_image"] is not None
+        else {"task": "generation", "instruction": sample["instruction"], "input_image": []}
+        for sample in samples
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        draw_samples(model, processor, rows, Path(folder) / "drawn", Records(Path(folder), {}), batch_size=32)
+        return [Image.open(Path(folder) / f"drawn/{number}.png").convert("RGB") for number in range(len(rows))]

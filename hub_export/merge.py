@@ -184,6 +184,7 @@ def fill(partial, plan, fingerprint, quantize, progress) -> dict:
 def fingerprint_of(plan: Plan, sources: ExportSources, *options: str | None) -> str:
     """A hash that two exports share if they write the same from the same files."""
     files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in plan.origins}
+    tokenizer = plan.processor.tokenizer
     content = {
         "version": __version__,
         "files": files,
@@ -191,7 +192,7 @@ def fingerprint_of(plan: Plan, sources: ExportSources, *options: str | None) -> 
         "config": plan.config.to_dict(),
         "generation_config": plan.generation_config.to_dict(),
         "processor": plan.processor.to_dict(),
-        "tokenizer": [plan.processor.tokenizer.backend_tokenizer.to_str(), plan.processor.chat_template],
+        "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.init_kwargs, plan.processor.chat_template],
         "code": [(ROOT / name).read_text(encoding="utf-8") for name in HUB_FILES],
         "transfers": [(transfer.target, transfer.origin, transfer.rows) for transfer in plan.transfers],
         "options": options,

@@ -2,7 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +96,18 @@ def m3(checkpoints):
     model = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=True)
     return checkpoint, model, processor
+
+
+@contextmanager
+def full_disk(nbytes: int = 10**6):
+    """Meanwhile writing a file past so many bytes fails as on a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

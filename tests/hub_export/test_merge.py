@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import GOLDEN, sources_of, weights_of
+from conftest import GOLDEN, full_disk, sources_of, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -103,6 +102,34 @@ def test_an_empty_output_folder_is_used_and_a_full_one_refused(files):
         export(sources, output.parent / "other")
 
 
+def test_a_finished_folder_counts_only_if_it_is_whole_and_of_the_same_settings(files):
+    sources, output = files
+    export(sources, output, skip_forward=True)
+    weights = output / "model-00001-of-00001.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"lacks model-00001-of-00001\.safetensors, which the export wrote"):
+        export(sources, output)
+    weights.write_bytes(content[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        export(sources, output)
+    weights.write_bytes(content)
+    for name, change in (
+        ("vit/preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3]}),
+        ("base/tokenizer_config.json", {"model_max_length": 77}),
+    ):
+        path = output.parent / "m3" / name
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | change))
+        with pytest.raises(FileExistsError, match="it holds another export"):
+            export(sources, output)
+        path.write_text(before)
+    export(sources, output)
+    (output / "healthgpt_export.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"healthgpt_export\.json"):
+        export(sources, output)
+
+
 def test_an_interrupted_export_goes_on_from_its_finished_files(files, monkeypatch):
     sources, output = files
     partial = output.parent / ".out.partial"
@@ -171,18 +198,34 @@ def test_two_exports_to_one_folder_at_once(files):
     assert (output / "config.json").is_file()
 
 
+def test_a_disk_that_becomes_too_small_loses_nothing_that_was_finished(files, monkeypatch):
+    sources, output = files
+    partial = output.parent / ".out.partial"
+
+    def interrupt(stage, total):
+        if stage == "Verifying":
+            raise KeyboardInterrupt
+        return lambda nbytes: None
+
+    with pytest.raises(KeyboardInterrupt):
+        export(sources, output, progress=interrupt)
+    (partial / "model.unfinished").write_bytes(b"half")
+    monkeypatch.setattr("healthgpt.hub_export.merge.SPACE_BESIDE_WEIGHTS", 10**18)
+    finished = sorted(path.name for path in partial.glob("*.safetensors"))
+    with pytest.raises(CheckpointError, match="The disk has"):
+        export(sources, output)
+    assert sorted(path.name for path in partial.glob("*.safetensors")) == finished != []
+    assert not (partial / "model.unfinished").exists()
+
+
 def test_a_disk_that_is_too_small(files, monkeypatch):
     sources, output = files
     monkeypatch.setattr("healthgpt.hub_export.merge.SPACE_BESIDE_WEIGHTS", 10**18)
     refused(sources, output, r"The disk has \d+\.\d+ GB free, but the export needs 1000000000\.\d+ GB")
     monkeypatch.undo()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limit[1]))  # writing past it fails as on a full disk
-    try:
-        refused(sources, output, "could not be written, and nothing was kept: .*File too large")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    for options in ({}, {"quantize": "8bit"}):
+        with full_disk():
+            refused(sources, output, "could not be written, and nothing was kept: .*File too large", **options)
 
 
 KILLED = """
@@ -245,7 +288,10 @@ def test_sources_that_cannot_go_together():
         (dict(vqgan=None, vqgan_config=None), "only a VQGAN can draw"),
         (dict(generation=None), "fusion layer holds the generation task's"),
         (dict(num_codes=64), "follows from the VQGAN"),
-        (dict(num_codes=0, vqgan=None, vqgan_config=None, generation=None, fusion=None), "must be from 1 to 131072, got 0"),
+        (
+            dict(num_codes=0, vqgan=None, vqgan_config=None, generation=None, fusion=None),
+            "must be from 1 to 131072, got 0",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             replace(m3, **change)
@@ -420,6 +466,13 @@ def test_sources_that_are_missing_or_something_else(files, tmp_path):
             {"num_hidden_layers": "two"},
             r"base/config\.json cannot be used: .*num_hidden_layers",
         ),
+        (
+            "base",
+            "config.json",
+            {"num_hidden_layers": 10**8},
+            "phi3 configuration says 100000000 layers, but .* have 2",
+        ),
+        ("base", "config.json", {"model_type": []}, r"is a \[\] with LlamaTokenizer; HealthGPT has bases of"),
         ("base", "config.json", {"hidden_size": -4}, "configuration of the base, .* cannot be used: .*negative"),
         (
             "base",
@@ -439,6 +492,45 @@ def test_spoilt_configurations(files, folder, name, change, message):
     path = output.parent / "m3" / folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     refused(sources, output, message)
+
+
+@pytest.mark.parametrize("old, new", [("n_embed: 64", "n_embed: []"), ("n_embed: 64", "n_embed: 100000000")])
+def test_spoilt_vqgan_configurations(files, old, new):
+    sources, output = files
+    text = sources.vqgan_config.read_text()
+    assert old in text
+    sources.vqgan_config.write_text(text.replace(old, new))
+    refused(sources, output, "model.yaml (cannot be used: int|says 100000000 codes: the files do not belong together)")
+
+
+@pytest.mark.parametrize("weight_map", [{"a": 1}, None, {"a": "../x"}, {"a": ""}, {"a": "\0"}])
+def test_an_index_that_names_no_files(files, weight_map):
+    sources, output = files
+    (sources.base / "model.safetensors").unlink()
+    (sources.base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refused(sources, output, "model.safetensors.index.json (is no index of shards|cannot be used)")
+
+
+def test_bases_with_unusual_tensors(files):
+    sources, output = files
+    path = sources.base / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor.double() for name, tensor in tensors.items()}, path)
+    refused(sources, output, "is stored in torch.float64: choose a dtype, one of float32, bfloat16, float16")
+    assert build_plan(sources, "float32").config.dtype == torch.float32
+    save_file(tensors | {"model.embed_tokens.weight": torch.tensor(1.0)}, path)
+    refused(sources, output, "model.embed_tokens.weight in .* has the shape")
+    settings = sources.base / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tie_word_embeddings": True}))
+    save_file({name: tensor for name, tensor in tensors.items() if name != "model.embed_tokens.weight"}, path)
+    refused(sources, output, "lack 1 tensor|has 1 tensor")
+
+
+def test_a_tensor_beside_a_state_dict(files):
+    sources, output = files
+    tensors = torch.load(sources.comprehension, weights_only=True)
+    torch.save({"state_dict": tensors, "stray": torch.zeros(3)}, sources.comprehension)
+    refused(sources, output, "com_hlora_weights.bin has tensors beside its state_dict: stray")
 
 
 def test_tokenizer_settings_that_older_files_leave_out_or_spell_out(files):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import GOLDEN, inputs_of, sources_of, weights_of
+from conftest import GOLDEN, full_disk, inputs_of, sources_of, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -153,6 +153,7 @@ def test_what_does_not_fit_leaves_the_checkpoint_as_it_was(folder, tmp_path, che
         ({"model.projectors.generation.9.bias": torch.zeros(2)}, "has besides 1 tensor"),
         ({first: torch.zeros(2, 2)}, r"has the shape \[2, 2\], but"),
         ({first: tensors[first] * torch.nan}, "NaN or infinite"),
+        ({first: tensors[first].long()}, "holds torch.int64 instead of floating point numbers"),
     ):
         changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
         save_file(changed, plugin / "plugin.safetensors")
@@ -174,4 +175,12 @@ def test_what_does_not_fit_leaves_the_checkpoint_as_it_was(folder, tmp_path, che
             call()
     with pytest.raises(FileExistsError, match="exists already"):
         extract_plugin(folder, "generation", plugin)
+    for call in (
+        lambda: add_plugin(folder, plugin, name="other"),
+        lambda: extract_plugin(folder, "generation", tmp_path / "x"),
+        lambda: extract_plugin(folder, "generation", tmp_path / "x", published=True),
+    ):
+        with full_disk(1000), pytest.raises(CheckpointError, match="could not be written, and nothing was kept"):
+            call()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "plugin"}
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before

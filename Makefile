@@ -5,10 +5,12 @@ RUN = $(VENV)/bin
 LOWEST_TRANSFORMERS = 5.0.0
 GOLDEN = tests/golden
 
-.PHONY: demo test test-newest test-lowest lint fuzz clean
+.PHONY: demo nano nano-compare test test-newest test-lowest lint fuzz clean
 
 demo: $(VENV)/installed
 	@rm -rf demo && mkdir demo
+	@echo "The small model that comes with the package, on pictures that it has not seen:"
+	@$(RUN)/python -m healthgpt.phantoms.demo nano demo
 	@echo "Merging the published files of a tiny M3 with random weights into one checkpoint ..."
 	@$(RUN)/healthgpt export --base $(GOLDEN)/m3/base --vision $(GOLDEN)/m3/vit \
 		--comprehension $(GOLDEN)/m3/com_hlora_weights.bin --generation $(GOLDEN)/m3/gen_hlora_weights.bin \
@@ -21,6 +23,14 @@ demo: $(VENV)/installed
 		"What imaging modality was used to acquire this picture?"
 	@printf "Picture drawn from $(GOLDEN)/images/ct.png: "
 	@$(RUN)/healthgpt draw -c demo/HealthGPT-tiny $(GOLDEN)/images/ct.png "Reconstruct the image." -o demo/picture.png
+
+# The small model, from nothing: about 50 minutes on two cores. What is finished stays in build/nano and is not done again.
+nano: $(VENV)/installed
+	$(RUN)/python -m healthgpt.phantoms.nano build/nano nano
+
+# The same, and beside it what comes out of other ways to train it.
+nano-compare: $(VENV)/installed
+	$(RUN)/python -m healthgpt.phantoms.nano build/nano nano --compare
 
 test: lint test-newest test-lowest
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .common import Checkpoint, Device, Dtype, count_parameters, load, prepare, require_checkpoint, require_kind
+from .common import NANO, Checkpoint, Device, Dtype, count_parameters, load, prepare, require_checkpoint, require_kind
 from .evaluate import evaluation
 from .export import export, plugins, push
 from .train import train
@@ -52,7 +52,7 @@ def common(
 @app.command()
 def ask(
     arguments: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION")],
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint = NANO,
     task: Annotated[str, typer.Option(help="A task of the checkpoint that answers in words.")] = "comprehension",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 1024,
     device: Device = None,
@@ -75,8 +75,8 @@ def ask(
 @app.command()
 def draw(
     arguments: Annotated[list[str], typer.Argument(metavar="[IMAGE]... INSTRUCTION")],
-    checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write, for example out.png.")],
+    checkpoint: Checkpoint = NANO,
     task: Annotated[str, typer.Option(help="A task of the checkpoint that draws.")] = "generation",
     seed: Annotated[int | None, typer.Option(help="Sample with this seed instead of drawing greedily.")] = None,
     device: Device = None,

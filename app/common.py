@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+# The small model that comes with the package.
+NANO = str(Path(__file__).parent.parent / "nano")
+
 Checkpoint = Annotated[
     str,
     typer.Option(
@@ -22,6 +25,10 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; b
 def load(checkpoint: str, device: str | None, dtype: str | None):
     """Model and processor of a checkpoint, as a Python user loads them."""
     require_checkpoint(checkpoint)
+    if checkpoint == NANO:
+        typer.echo(
+            "No checkpoint named (-c): this is the small demonstration model, worthless for medicine.", err=True
+        )
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"There is no dtype {dtype!r}; choose one of float32, bfloat16, float16.")
     import torch

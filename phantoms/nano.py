@@ -34,9 +34,10 @@ from ..training import HealthGPTTrainer, Recipe, TrainingCollator, add_codes, re
 from ..training.trainer import TRAINED_NAME
 from .card import nano_card
 from .parts import Log, build_base, build_vision, build_vqgan
-from .report import report_answers, report_pictures
+from .report import describe, report_answers, report_pictures
 from .samples import write_samples
 
+REAL = Path(__file__).parent.parent / "tests/golden/images"
 RANKS = {"comprehension": (16, 4), "generation": (48, 4)}
 KINDS = {"comprehension": "text", "generation": "image"}
 COMPREHENSION_SAMPLES, DRAWING_SAMPLES = 12000, 20000
@@ -109,7 +110,9 @@ def build(work: Path, output: Path, scale: float = 1.0, compare: bool = False) -
     shutil.rmtree(work / "exported", ignore_errors=True)
     export(sources_of(work, work / "trained"), work / "exported")
     reports = {way: json.loads((work / f"{way}.json").read_text()) for way in WAYS if (work / f"{way}.json").exists()}
-    (work / "exported" / CARD_NAME).write_text(nano_card(output.name, reports), encoding="utf-8")
+    model, processor = load(work / "exported")
+    card = nano_card(output.name, model.num_parameters(), reports, describe(model, processor, REAL))
+    (work / "exported" / CARD_NAME).write_text(card, encoding="utf-8")
     shutil.rmtree(output, ignore_errors=True)
     shutil.copytree(work / "exported", output)
     log(f"{output}: {sum(path.stat().st_size for path in output.iterdir()) / 1e6:.1f} MB")

@@ -105,3 +105,14 @@ def draw(model, processor, samples: list[dict]) -> list[Image.Image]:
     with tempfile.TemporaryDirectory() as folder:
         draw_samples(model, processor, rows, Path(folder) / "drawn", Records(Path(folder), {}), batch_size=32)
         return [Image.open(Path(folder) / f"drawn/{number}.png").convert("RGB") for number in range(len(rows))]
+
+
+def describe(model, processor, folder: Path) -> dict[str, tuple[str, str]]:
+    """Modality and description that a model gives of the pictures of a folder, by their names."""
+    questions = ("What imaging modality is this?", "Describe this picture.")
+    paths = sorted(folder.glob("*.png"))
+    items = [Item(f"{path.stem} {text}", text, "", "open", [path]) for path in paths for text in questions]
+    with tempfile.TemporaryDirectory() as records:
+        answered = answer_items(model, processor, items, Records(Path(records), {}))
+    texts = [record["answer"] for record in answered]
+    return {path.stem: pair for path, pair in zip(paths, zip(texts[::2], texts[1::2], strict=True), strict=True)}

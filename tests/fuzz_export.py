@@ -23,6 +23,8 @@ from healthgpt.hub_export import CheckpointError, export
 
 FILES = ["base/model.safetensors", "vit/model.safetensors", "com_hlora_weights.bin", "gen_hlora_weights.bin"]
 FILES += ["fusion_layer_weights.bin", "vqgan/last.ckpt"]
+SETTINGS = ["base/config.json", "base/tokenizer_config.json", "vit/config.json", "vit/preprocessor_config.json"]
+SETTINGS += ["vqgan/model.yaml", "base/tokenizer.model"]
 
 
 class Attack:
@@ -123,7 +125,10 @@ def spoil_and_export(number, clean):
     with tempfile.TemporaryDirectory() as folder:
         m3 = Path(folder) / "m3"
         shutil.copytree(GOLDEN / "m3", m3)
-        corrupt, path = dice.choice(CORRUPTIONS), m3 / dice.choice(FILES)
+        if dice.random() < 0.8:
+            corrupt, path = dice.choice(CORRUPTIONS), m3 / dice.choice(FILES)
+        else:
+            corrupt, path = dice.choice([flip, truncate]), m3 / dice.choice(SETTINGS)
         corrupt(path, dice)
         output = Path(folder) / "out"
         try:

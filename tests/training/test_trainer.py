@@ -178,15 +178,15 @@ def test_a_batch_that_cannot_be_made_is_refused(load, tmp_path):
 
 def test_two_processes_learn_what_one_does(data, checkpoints, tmp_path):
     """Of the same two batches of two samples; needs two processes that reach each other on loopback."""
-    program = [sys.executable, "-c", "from healthgpt.app.cli import main; main()"]
+    program = ["-m", "healthgpt"]
     options = ["train", str(data / "generation.jsonl"), "-c", str(checkpoints("m3").folder), "--device", "cpu"]
     options += ["--batch-size", "2", "--max-steps", "2", "--dropout", "0", "--learning-rate", "1e-3"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, command in (("two", launch + program), ("one", program)):
         each = "1" if name == "two" else "2"
         subprocess.run(
-            [*command, *options, "-o", str(tmp_path / name), "--per-device-batch-size", each],
+            [sys.executable, *command, *options, "-o", str(tmp_path / name), "--per-device-batch-size", each],
             check=True,
             env=environment,
             timeout=200,

@@ -1,0 +1,89 @@
+"""The small model: how it is built, and what the one that comes with the package can do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+from healthgpt.app.cli import app
+from healthgpt.hub_export.merge import HUB_FILES
+from healthgpt.phantoms import demo, drawing_sample, nano
+from healthgpt.phantoms.report import report_answers, report_pictures
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def small():
+    folder = ROOT / "nano"
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_it_is_small_and_carries_the_code_of_this_package():
+    files = [path for path in (ROOT / "nano").iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 16e6
+    for name in HUB_FILES:
+        assert (ROOT / "nano" / name).read_bytes() == (ROOT / name).read_bytes(), f"make nano, or copy {name} to nano/"
+    card = ModelCard.load(ROOT / "nano/README.md")
+    assert "worthless for medicine" in card.text and "| modality | " in card.text and "| ct_to_mri | " in card.text
+
+
+def test_it_knows_modalities_and_findings_of_the_test_split(small):
+    answers = report_answers(*small, 40)
+    assert answers["modality"]["value"] >= 95
+    assert answers["closed"]["value"] >= 85 and answers["closed"]["trivial"] < 65
+
+
+def test_it_draws_better_than_trivial_pictures(small):
+    pictures = report_pictures(*small, 12)
+    for task in ("ct_to_mri", "mri_to_ct", "super_resolution", "report_to_xray"):
+        for metric in ("SSIM", "PSNR"):
+            trivial = max(pictures[task][way][metric]["value"] for way in ("input", "mean") if way in pictures[task])
+            assert pictures[task]["drawn"][metric]["value"] > trivial, (task, metric)
+
+
+def test_the_commands_use_it_where_no_checkpoint_is_named(tmp_path):
+    drawing_sample("test", 0, "ct_to_mri")["input_image"].save(tmp_path / "ct.png")
+    asked = CliRunner().invoke(app, ["ask", str(tmp_path / "ct.png"), "What imaging modality is this?"])
+    assert asked.stdout == "CT\n" and "small demonstration model, worthless for medicine" in asked.stderr
+    drawn = CliRunner().invoke(
+        app, ["draw", str(tmp_path / "ct.png"), "Turn this CT into an MRI.", "-o", str(tmp_path / "mri.png")]
+    )
+    assert drawn.exit_code == 0 and Image.open(tmp_path / "mri.png").size == (64, 64)
+
+
+def test_the_sheet_shows_input_output_and_truth(small, tmp_path):
+    samples = [drawing_sample("test", 1, task) for task in ("mri_to_ct", "report_to_xray")]
+    truths = [sample["target_image"] for sample in samples]
+    sheet = demo.contact_sheet(samples, truths)
+    step = demo.SCALE * 64 + demo.MARGIN
+    for row, sample in enumerate(samples):
+        top = demo.TITLE + row * (demo.SCALE * 64 + demo.TITLE + demo.MARGIN) + demo.TITLE
+        for column, picture in enumerate((sample["input_image"], truths[row], truths[row])):
+            left = demo.MARGIN + column * step
+            shown = sheet.crop((left, top, left + demo.SCALE * 64, top + demo.SCALE * 64)).resize(
+                (64, 64), Image.Resampling.NEAREST
+            )
+            assert shown == (picture or Image.new("RGB", (64, 64), "white"))
+
+
+def test_it_is_built_from_nothing_and_a_second_run_has_nothing_to_train(tmp_path, monkeypatch):
+    """At a hundredth of its steps and samples, which teach nothing."""
+    monkeypatch.setattr(nano, "REAL", GOLDEN / "images")
+    nano.build(tmp_path / "work", tmp_path / "small", scale=0.003)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    assert {task: settings.kind for task, settings in model.config.tasks.items()} == nano.KINDS
+    assert [model.config.tasks[task].token_tables for task in nano.KINDS] == [None, "generation"]
+    card = (tmp_path / "small/README.md").read_text()
+    assert "| retina | " in card and json.loads((tmp_path / "work/three stages.json").read_text())["answers"]
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("trained.safetensors")}
+    assert len(trained) == len(nano.STAGES)
+    nano.build(tmp_path / "work", tmp_path / "small", scale=0.003)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("trained.safetensors")} == trained

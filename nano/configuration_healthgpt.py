@@ -1,0 +1,216 @@
+# Copyright 2026 The HealthGPT package authors.
+# Licensed under the Apache License, Version 2.0 (see the file LICENSE).
+"""Configuration of HealthGPT: one language model, one vision tower, one image tokenizer and any number of tasks."""
+
+import re
+from dataclasses import asdict, dataclass, fields
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+@dataclass
+class TaskConfig:
+    """
+    One task of a checkpoint: what it puts out and which weights it runs with.
+
+    A task owns a plugin (one H-LoRA per decoder linear, see `HLoRALinear`) and a projector, both stored under the
+    task's name. Hyper-parameters are those of the HealthGPT paper (arXiv 2502.09838, section 4).
+
+    Args:
+        kind (`str`): `"text"` if the task answers in words, `"image"` if it draws a picture.
+        rank (`int`): Total rank r of the H-LoRA factors, a multiple of `num_experts`.
+        alpha (`float`): H-LoRA alpha; the factors' product is scaled by `alpha / rank * num_experts`.
+        num_experts (`int`): Number of experts n that the router weighs.
+        vision_layer (`int`): Index into the vision tower's hidden states (0 is the embeddings' output); -2 is the
+            abstract level of comprehension, 1 the concrete level of generation.
+        token_tables (`str`, *optional*): Name of the embedding table and head of the task. `None` means the base's.
+        default_prompt (`str`, *optional*): Instruction used when a message brings a picture but no text.
+        dropout (`float`, defaults to 0.0): Share of the inputs of A that is zeroed during training.
+
+    Raises:
+        ValueError: if a value is none that the model can be built with; the sentence names it.
+    """
+
+    kind: str
+    rank: int
+    alpha: float
+    num_experts: int
+    vision_layer: int
+    token_tables: str | None = None
+    default_prompt: str | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.kind not in ("text", "image"):
+            raise ValueError(f"A task's kind is 'text' or 'image', got {self.kind!r}.")
+        if self.num_experts < 1 or self.rank < 1 or self.rank % self.num_experts:
+            raise ValueError(
+                f"An H-LoRA's rank must be a positive multiple of its number of experts, got rank {self.rank} "
+                f"and {self.num_experts} experts."
+            )
+
+
+class HealthGPTVQGANConfig(PreTrainedConfig):
+    """
+    Configuration of the Gumbel VQGAN that turns codes into pictures and pictures into codes.
+
+    Names follow the published `model.yaml` (taming-transformers `ddconfig`); defaults are the published
+    "OpenImages f=8, 8192 codes" model.
+
+    Args:
+        num_codes (`int`, defaults to 8192): Entries of the codebook (`n_embed`).
+        embed_dim (`int`, defaults to 256): Width of a codebook entry.
+        latent_channels (`int`, defaults to 256): Channels between encoder and quantiser (`z_channels`).
+        resolution (`int`, defaults to 256): Height and width of a picture in pixels.
+        in_channels, out_channels (`int`, defaults to 3): Colour channels read and written (`out_ch`).
+        base_channels (`int`, defaults to 128): Channels at full resolution (`ch`).
+        channel_multipliers (`list[int]`, defaults to `[1, 1, 2, 4]`): Channels per level, in `base_channels`;
+            every level after the first halves the resolution.
+        num_res_blocks (`int`, defaults to 2): Residual blocks per level.
+        attention_resolutions (`list[int]`, defaults to `[32]`): Feature map sizes that get self-attention.
+    """
+
+    model_type = "healthgpt_vqgan"
+
+    def __init__(
+        self,
+        num_codes=8192,
+        embed_dim=256,
+        latent_channels=256,
+        resolution=256,
+        in_channels=3,
+        out_channels=3,
+        base_channels=128,
+        channel_multipliers=(1, 1, 2, 4),
+        num_res_blocks=2,
+        attention_resolutions=(32,),
+        **kwargs,
+    ):
+        self.num_codes = num_codes
+        self.embed_dim = embed_dim
+        self.latent_channels = latent_channels
+        self.resolution = resolution
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.base_channels = base_channels
+        self.channel_multipliers = list(channel_multipliers)
+        self.num_res_blocks = num_res_blocks
+        self.attention_resolutions = list(attention_resolutions)
+        super().__init__(**kwargs)
+
+    @property
+    def grid_size(self) -> int:
+        """Codes along one side of a picture."""
+        return self.resolution // 2 ** (len(self.channel_multipliers) - 1)
+
+
+class HealthGPTConfig(PreTrainedConfig):
+    """
+    Configuration of [`HealthGPTForConditionalGeneration`].
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`): The language model (Phi3 or Qwen2). Its `vocab_size` is the number of
+            rows of every token table.
+        vision_config (`PreTrainedConfig` or `dict`): The CLIP vision tower.
+        vqgan_config (`HealthGPTVQGANConfig` or `dict`, *optional*): The image tokenizer; `None` if the checkpoint
+            cannot draw.
+        tasks (`dict[str, TaskConfig or dict]`): What the checkpoint can do, by name.
+        image_token_id (`int`): Id that stands for one patch of an input picture. It may lie past the token tables.
+        image_start_token_id (`int`, *optional*): Id of `<start_index>`, after which a picture's codes begin.
+        image_code_offset (`int`, *optional*): Id of `<idx_0>`; code `i` has the id `image_code_offset + i`.
+
+    Raises:
+        ValueError: if a task's name or settings do not fit the rest of the configuration.
+    """
+
+    model_type = "healthgpt"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig, "vqgan_config": HealthGPTVQGANConfig}
+
+    def __init__(
+        self,
+        text_config=None,
+        vision_config=None,
+        vqgan_config=None,
+        tasks=None,
+        image_token_id=None,
+        image_start_token_id=None,
+        image_code_offset=None,
+        **kwargs,
+    ):
+        self.text_config = _sub_config(text_config, default_model_type="phi3")
+        self.vision_config = _sub_config(vision_config, default_model_type="clip_vision_model")
+        self.vqgan_config = HealthGPTVQGANConfig(**vqgan_config) if isinstance(vqgan_config, dict) else vqgan_config
+        self.tasks = {name: _task_config(task) for name, task in (tasks or {}).items()}
+        self.image_token_id = image_token_id
+        self.image_start_token_id = image_start_token_id
+        self.image_code_offset = image_code_offset
+        for name, task in self.tasks.items():
+            self.validate_task(name, task)
+        kwargs["tie_word_embeddings"] = self.text_config.tie_word_embeddings
+        super().__init__(**kwargs)
+
+    def validate_task(self, name: str, task: TaskConfig) -> None:
+        """
+        Raises:
+            ValueError: if the name is none, or the task does not fit the rest of the configuration.
+        """
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(f"A task's name is made of small letters, digits and underscores, got {name!r}.")
+        if task.kind == "image" and (self.vqgan_config is None or self.image_code_offset is None):
+            raise ValueError(f"Task {name!r} draws pictures, but the configuration has no VQGAN or no image codes.")
+        num_states = self.vision_config.num_hidden_layers + 1
+        if not -num_states <= task.vision_layer < num_states:
+            raise ValueError(
+                f"Task {name!r} reads layer {task.vision_layer} of a vision tower with {num_states} hidden states."
+            )
+
+    @property
+    def token_tables(self) -> list[str]:
+        """Names of the token tables that tasks bring beside the base's."""
+        return list(dict.fromkeys(task.token_tables for task in self.tasks.values() if task.token_tables is not None))
+
+    @property
+    def num_image_patches(self) -> int:
+        """Positions that one input picture takes in the prompt."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    @property
+    def num_image_codes(self) -> int:
+        """Codes that make one drawn picture."""
+        return self.vqgan_config.grid_size**2
+
+    def to_dict(self):
+        output = super().to_dict()
+        output["tasks"] = {name: asdict(task) for name, task in self.tasks.items()}
+        return output
+
+
+def task_from_mode(task: str | list[str] | None, generation_mode: str | None) -> str | list[str]:
+    """The task that `task` and `generation_mode` name together; `"comprehension"` if neither is given."""
+    if generation_mode is None:
+        return "comprehension" if task is None else task
+    if generation_mode not in ("text", "image"):
+        raise ValueError(f"generation_mode is 'text' or 'image', got {generation_mode!r}.")
+    named = "comprehension" if generation_mode == "text" else "generation"
+    if task is not None and task != named:
+        raise ValueError(f"generation_mode={generation_mode!r} means task {named!r}, but task={task!r} was given too.")
+    return named
+
+
+def _sub_config(config, default_model_type):
+    if isinstance(config, PreTrainedConfig):
+        return config
+    config = dict(config or {})
+    return AutoConfig.for_model(config.pop("model_type", default_model_type), **config)
+
+
+def _task_config(task):
+    if isinstance(task, TaskConfig):
+        return task
+    unknown = set(task) - {field.name for field in fields(TaskConfig)}
+    if unknown:
+        raise ValueError(f"A task has no setting {', '.join(sorted(unknown))}.")
+    return TaskConfig(**task)
+
+
+__all__ = ["HealthGPTConfig", "HealthGPTVQGANConfig", "TaskConfig"]

@@ -1,0 +1,886 @@
+# Copyright 2026 The HealthGPT package authors.
+# Licensed under the Apache License, Version 2.0 (see the file LICENSE).
+"""
+HealthGPT (arXiv 2502.09838): one frozen language model that answers questions about medical pictures and draws them.
+
+A checkpoint holds everything once: language model, CLIP tower and VQGAN are shared, and each task adds its plugin (an
+H-LoRA on every decoder linear), its projector and, if it was published so, its own token tables. Which task a row of a
+batch runs with is an argument of `forward` and `generate`; nothing of it stays in the model afterwards.
+"""
+
+import copy
+import math
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel, initialization
+from transformers.cache_utils import Cache
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_healthgpt import HealthGPTConfig, TaskConfig, task_from_mode
+from .vqgan_decoder import HealthGPTVQGAN
+
+if TYPE_CHECKING:
+    # config.json names this class for "any-to-any"; transformers carries along the files that a file imports from.
+    from .pipeline_healthgpt import HealthGPTPipeline  # noqa: F401
+
+TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+# The rows of a batch that run with one task: its name and their indices, or None in place of indices for all rows.
+TaskGroup = tuple[str, torch.LongTensor | None]
+
+
+def group_by_task(tasks: list[str], device: torch.device) -> list[TaskGroup]:
+    """Groups the rows of a batch by their tasks (one name per row)."""
+    names = list(dict.fromkeys(tasks))
+    if len(names) == 1:
+        return [(names[0], None)]
+    return [(name, torch.tensor([i for i, task in enumerate(tasks) if task == name], device=device)) for name in names]
+
+
+def run_per_task(groups: list[TaskGroup], function: Callable, inputs: torch.Tensor) -> torch.Tensor:
+    """Runs `function(task, rows of inputs)` for every group and returns its results in the order of the batch."""
+    if len(groups) == 1:
+        return function(groups[0][0], inputs)
+    rows = [rows.to(inputs.device) for _, rows in groups]
+    outputs = [function(task, inputs[indices]) for (task, _), indices in zip(groups, rows, strict=True)]
+    return torch.cat(outputs)[torch.argsort(torch.cat(rows))]
+
+
+class _Routing(threading.local):
+    groups: list[TaskGroup] = []
+
+
+# What the H-LoRA linears of the running forward pass read. The language model's own layers call their linears with one
+# tensor, so the tasks cannot come as an argument; a value per thread keeps concurrent forward passes apart.
+_routing = _Routing()
+
+
+@contextmanager
+def route(groups: list[TaskGroup]):
+    """Sets which task each row of the batch runs with, for all H-LoRA linears called in this thread meanwhile."""
+    outer = _routing.groups
+    _routing.groups = groups
+    try:
+        yield
+    finally:
+        _routing.groups = outer
+
+
+class UnquantizedLinear(nn.Linear):
+    """
+    A linear that keeps its dtype when the model is quantised: that replaces modules that are exactly `nn.Linear`.
+
+    Plugins, projectors, heads and the vision tower are small or sensitive; only the language model's own linears stay
+    plain.
+    """
+
+
+class HLoRA(nn.Module):
+    """The plugin of one task at one linear; see [`HLoRALinear`] for the mathematics."""
+
+    def __init__(self, task: TaskConfig, in_features: int, out_features: int):
+        super().__init__()
+        self.num_experts = task.num_experts
+        self.scaling = task.alpha / task.rank * task.num_experts
+        self.dropout = nn.Dropout(task.dropout)
+        self.lora_route = UnquantizedLinear(in_features, task.num_experts, bias=False)
+        self.lora_A = UnquantizedLinear(in_features, task.rank, bias=False)
+        self.lora_B = UnquantizedLinear(task.rank, out_features, bias=False)
+
+    def forward(self, hidden_states):
+        weights = self.lora_route(hidden_states).softmax(dim=-1, dtype=torch.float32).to(hidden_states.dtype)
+        factors = (self.lora_A(self.dropout(hidden_states)) * self.scaling).unflatten(-1, (self.num_experts, -1))
+        return self.lora_B((factors * weights.unsqueeze(-1)).flatten(-2))
+
+
+class HLoRALinear(nn.Module):
+    r"""
+    A frozen linear with one H-LoRA plugin per task (HealthGPT paper, section 4.2).
+
+    H-LoRA is a mixture of n low-rank experts whose factors lie side by side in two matrices, so that all experts cost
+    two matrix products. With W x + b the frozen linear, r the total rank and alpha the scaling of the plugin:
+
+        w = softmax(R x)                                     (n)   router: per token, dense, no top-k
+        s = alpha / r * n
+        y = W x + b + B (repeat_interleave(w, r / n) * (A x * s))
+
+                 +---------------- W, b (frozen) -----------------+
+        x (in) --+-- A (r x in) --> n blocks of r / n --*-- B ----+--> y (out)
+                 +-- R (n x in) --> softmax ------------+
+
+    Expert i owns rows i * r / n ... of A and the same columns of B. The router depends on x, therefore a plugin can
+    never be merged into W. For training, A and R start Kaiming-uniform (a = sqrt 5) and B at zero.
+
+    Args:
+        base_layer (`nn.Linear`): The linear of the language model.
+        tasks (`dict[str, TaskConfig]`): The tasks of the checkpoint.
+    """
+
+    def __init__(self, base_layer: nn.Linear, tasks: dict[str, TaskConfig]):
+        super().__init__()
+        self.base_layer = base_layer
+        self.plugins = nn.ModuleDict(
+            {name: HLoRA(task, base_layer.in_features, base_layer.out_features) for name, task in tasks.items()}
+        )
+
+    def forward(self, hidden_states):
+        output = self.base_layer(hidden_states)
+        if not _routing.groups:
+            return output
+        return output + run_per_task(_routing.groups, lambda task, rows: self.plugins[task](rows), hidden_states)
+
+
+class HealthGPTProjector(nn.Sequential):
+    """`mlp2x_gelu`: vision features (..., vision hidden) -> token embeddings (..., hidden), with the exact GELU."""
+
+    def __init__(self, vision_hidden_size: int, hidden_size: int):
+        super().__init__(
+            UnquantizedLinear(vision_hidden_size, hidden_size), nn.GELU(), UnquantizedLinear(hidden_size, hidden_size)
+        )
+
+
+class HealthGPTPreTrainedModel(PreTrainedModel):
+    config_class = HealthGPTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HealthGPTVQGAN"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def initialize_weights(self):
+        """Initialises what no checkpoint filled; plugins by their own rule, not that of the language model around them."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, HLoRA):
+                initialization.kaiming_uniform_(module.lora_route.weight, a=math.sqrt(5))
+                initialization.kaiming_uniform_(module.lora_A.weight, a=math.sqrt(5))
+                initialization.zeros_(module.lora_B.weight)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """A checkpointed layer runs again during the backward pass: then it needs the tasks it first ran with."""
+
+        def checkpoint_with_tasks(function, *args):
+            groups = _routing.groups
+
+            def routed(*args):
+                with route(groups):
+                    return function(*args)
+
+            return gradient_checkpointing_func(routed, *args)
+
+        super()._set_gradient_checkpointing(enable, checkpoint_with_tasks, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """
+        Loads a checkpoint whole, or not at all.
+
+        Raises:
+            ValueError: if the checkpoint lacks a tensor, or has one of another shape or that this model has no place for.
+        """
+        kwargs["ignore_mismatched_sizes"] = True  # they are refused here, by name
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for problem, keys in (
+            ("lacks tensors of the model", info["missing_keys"]),
+            ("has tensors that the model has no place for", info["unexpected_keys"]),
+            ("has tensors of another shape than its configuration says", {key for key, *_ in info["mismatched_keys"]}),
+        ):
+            if keys:
+                raise ValueError(f"The checkpoint {problem}, {len(keys)} in all: {', '.join(sorted(keys))}.")
+        return (model, info) if output_loading_info else model
+
+
+class HealthGPTModel(HealthGPTPreTrainedModel):
+    """
+    HealthGPT without its heads: vision tower, projectors, language model with H-LoRA plugins, token tables, VQGAN.
+
+    Args:
+        config (`HealthGPTConfig`): Shapes of all parts and the tasks.
+    """
+
+    # A whole checkpoint loads into this class too: the heads are what it is meant to leave out.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^token_heads\."]
+
+    def __init__(self, config: HealthGPTConfig):
+        super().__init__(config)
+        hidden_size = config.text_config.hidden_size
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        for module in self.vision_tower.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = UnquantizedLinear
+        self.projectors = nn.ModuleDict(
+            {name: HealthGPTProjector(config.vision_config.hidden_size, hidden_size) for name in config.tasks}
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        for parent in list(self.language_model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, HLoRALinear(child, config.tasks))
+        self.token_embeddings = nn.ModuleDict(
+            {name: nn.Embedding(config.text_config.vocab_size, hidden_size) for name in config.token_tables}
+        )
+        self.vqgan = HealthGPTVQGAN(config.vqgan_config) if config.vqgan_config is not None else None
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def tasks_of_rows(self, task: str | list[str], batch_size: int) -> list[str]:
+        """
+        The task of every row of a batch.
+
+        Args:
+            task (`str` or `list[str]`): One name for all rows or one per row.
+            batch_size (`int`): Number of rows.
+
+        Raises:
+            ValueError: if the checkpoint lacks a task, or the names do not fit the number of rows.
+        """
+        names = list(task) if isinstance(task, (list, tuple)) else [task]
+        for name in names:
+            if name not in self.config.tasks:
+                raise ValueError(
+                    f"This checkpoint has no task {name!r}; it has {', '.join(self.config.tasks) or 'none'}."
+                )
+        if len(names) not in (1, batch_size):
+            raise ValueError(
+                f"Got {len(names)} tasks for a batch of {batch_size} rows: give one name, or one per row."
+            )
+        return names if len(names) == batch_size else names * batch_size
+
+    def get_vision_features(self, pixel_values: torch.FloatTensor, vision_layer: int) -> torch.FloatTensor:
+        """
+        Patch features of the vision tower, without its class token.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): Normalised pictures.
+            vision_layer (`int`): Index into the tower's hidden states; blocks after it do not run.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_images, patches, vision hidden)`.
+        """
+        # Older versions of transformers 5 keep the tower's modules one level deeper.
+        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        num_blocks = vision_layer % (self.config.vision_config.num_hidden_layers + 1)
+        hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values))
+        for block in tower.encoder.layers[:num_blocks]:
+            hidden_states = block(hidden_states, attention_mask=None)
+        return hidden_states[:, 1:]
+
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, task: str | list[str] = "comprehension"
+    ) -> BaseModelOutputWithPooling:
+        """
+        Features of input pictures at the level of their task (hierarchical visual perception, paper section 4.1).
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): Normalised pictures.
+            task (`str` or `list[str]`, defaults to `"comprehension"`): One name, or one per picture.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state`, the tower's patch features `(num_images, patches, vision
+            hidden)`, and `pooler_output`, the token embeddings `(num_images, patches, hidden)` that stand in the prompt.
+        """
+        groups = group_by_task(self.tasks_of_rows(task, len(pixel_values)), pixel_values.device)
+        features = run_per_task(
+            groups,
+            lambda name, rows: self.get_vision_features(rows, self.config.tasks[name].vision_layer),
+            pixel_values,
+        )
+        projected = run_per_task(groups, lambda name, rows: self.projectors[name](rows), features)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=projected)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor, pixel_values: torch.FloatTensor | None
+    ) -> torch.BoolTensor:
+        """
+        Where pictures stand in the prompt: a mask `(batch, length)`.
+
+        Raises:
+            ValueError: if the positions are not those of all pictures.
+        """
+        mask = input_ids == self.config.image_token_id
+        num_images = 0 if pixel_values is None else len(pixel_values)
+        if not torch.compiler.is_compiling() and mask.sum() != num_images * self.config.num_image_patches:
+            raise ValueError(
+                f"The prompts have {mask.sum()} picture positions, but {num_images} pictures of "
+                f"{self.config.num_image_patches} patches were given."
+            )
+        return mask
+
+    def embed_tokens(self, input_ids: torch.LongTensor, tasks: list[str]) -> torch.FloatTensor:
+        """Embeds ids `(batch, length)` with the tables of each row's task; picture positions get any row."""
+        if self.config.image_token_id >= self.config.text_config.vocab_size:
+            input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+
+        def embed(name, ids):
+            tables = self.config.tasks[name].token_tables
+            return self.get_input_embeddings()(ids) if tables is None else self.token_embeddings[tables](ids)
+
+        return run_per_task(group_by_task(tasks, input_ids.device), embed, input_ids)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        task: str | list[str] | None = None,
+        generation_mode: str | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Prompts; `config.image_token_id` stands
+                for one patch of a picture.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*): The
+                pictures of all rows, in order.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 where a row is padding.
+            position_ids, past_key_values, inputs_embeds: As in the language model.
+            task (`str` or `list[str]`, *optional*, defaults to `"comprehension"`): One name in `config.tasks`, or one per
+                row.
+            generation_mode (`str`, *optional*): `"text"` means task `"comprehension"`, `"image"` task `"generation"`.
+
+        Raises:
+            ValueError: if a task is unknown, or prompts and pictures do not fit each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        batch_size = len(input_ids) if inputs_embeds is None else len(inputs_embeds)
+        tasks = self.tasks_of_rows(task_from_mode(task, generation_mode), batch_size)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids, tasks)
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("Pictures need input_ids, which say where they stand.")
+            image_mask = self.get_placeholder_mask(input_ids, pixel_values)
+            image_tasks = tasks[0]
+            if len(set(tasks)) > 1:
+                images_per_row = (image_mask.sum(dim=1) // self.config.num_image_patches).tolist()
+                image_tasks = [name for name, count in zip(tasks, images_per_row, strict=True) for _ in range(count)]
+            features = self.get_image_features(pixel_values, image_tasks).pooler_output
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_mask = image_mask.unsqueeze(-1).to(inputs_embeds.device)
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask, features)
+        elif input_ids is not None and cached_length(past_key_values) == 0:
+            self.get_placeholder_mask(input_ids, None)
+
+        with route(group_by_task(tasks, inputs_embeds.device)):
+            return self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+
+
+class ImageTokenLogitsProcessor(LogitsProcessor):
+    """
+    The grammar of a picture: rows that draw may write image codes and nothing else.
+
+    Args:
+        draws (`torch.BoolTensor` of shape `(batch,)`): Which rows draw.
+        code_offset (`int`): Id of code 0.
+        num_codes (`int`): Number of codes.
+    """
+
+    def __init__(self, draws: torch.BoolTensor, code_offset: int, num_codes: int):
+        self.draws = draws
+        self.codes = slice(code_offset, code_offset + num_codes)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        draws = self.draws.to(scores.device).repeat_interleave(len(scores) // len(self.draws))
+        forbidden = torch.ones(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        forbidden[self.codes] = False
+        return scores.masked_fill(draws.unsqueeze(1) & forbidden, -math.inf)
+
+
+def cached_length(past_key_values: Cache | None) -> int:
+    """Number of positions that a cache, kept from an earlier call, holds already."""
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+
+
+class RowLengthCriteria(StoppingCriteria):
+    """
+    Ends every row after its own number of new tokens.
+
+    Args:
+        prompt_length (`int`): Length of the prompts with their padding.
+        limits (`torch.LongTensor` of shape `(batch,)`): New tokens of each row.
+    """
+
+    def __init__(self, prompt_length: int, limits: torch.LongTensor):
+        self.prompt_length = prompt_length
+        self.limits = limits
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        limits = self.limits.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.limits))
+        return input_ids.shape[1] - self.prompt_length >= limits
+
+
+class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixin):
+    """
+    HealthGPT with its heads: answers with `generate(task="comprehension")`, draws with `generate(task="generation")`.
+
+    Args:
+        config (`HealthGPTConfig`): Shapes of all parts and the tasks.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: HealthGPTConfig):
+        super().__init__(config)
+        self.model = HealthGPTModel(config)
+        text_config = config.text_config
+        self.lm_head = UnquantizedLinear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.token_heads = nn.ModuleDict(
+            {
+                name: UnquantizedLinear(text_config.hidden_size, text_config.vocab_size, bias=False)
+                for name in config.token_tables
+            }
+        )
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, task: str | list[str] = "comprehension"
+    ) -> BaseModelOutputWithPooling:
+        """See [`HealthGPTModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, task)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        task: str | list[str] | None = None,
+        generation_mode: str | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Arguments as in [`HealthGPTModel.forward`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): Ids to learn; -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Compute the last that many logits (0: all), or
+                those at the given positions.
+
+        Returns:
+            `CausalLMOutputWithPast`: `logits` of shape `(batch, length, rows of the token tables)`, and with `labels` the
+            mean cross-entropy of the next token as `loss`.
+
+        Raises:
+            ValueError: as in [`HealthGPTModel.forward`], or if `labels` hold the id that stands for pictures.
+        """
+        task = task_from_mode(task, generation_mode)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            task=task,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = hidden_states[:, kept]
+
+        def head(name, rows):
+            tables = self.config.tasks[name].token_tables
+            return self.lm_head(rows) if tables is None else self.token_heads[tables](rows)
+
+        tasks = self.model.tasks_of_rows(task, len(hidden_states))
+        logits = run_per_task(group_by_task(tasks, hidden_states.device), head, hidden_states)
+
+        loss = None
+        if labels is not None:
+            if not torch.compiler.is_compiling() and (labels == self.config.image_token_id).any():
+                raise ValueError(
+                    "The labels hold the id of <image>, which nobody writes: set those positions to -100."
+                )
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def add_task(self, name: str, settings: dict, init_from: str | None = None) -> None:
+        """
+        Gives the model a further task, with a plugin and a projector of its own.
+
+        Args:
+            name (`str`): Name of the task.
+            settings (`dict`): Fields of `TaskConfig`. Token tables that the model lacks start as copies of the base's.
+            init_from (`str`, *optional*): Task whose plugin and projector it starts with. Without one they start as
+                [`HLoRALinear`] says.
+
+        Raises:
+            ValueError: if there is such a task already, or its settings do not fit the model or `init_from`.
+        """
+        tasks = self.config.tasks
+        if name in tasks:
+            raise ValueError(f"There is a task {name!r} already: give the new one another name.")
+        if init_from is not None and init_from not in tasks:
+            raise ValueError(f"There is no task {init_from!r} to start from; there are {', '.join(tasks)}.")
+        task = TaskConfig(**settings)
+        self.config.validate_task(name, task)
+        if init_from is not None and (task.rank, task.num_experts) != (
+            tasks[init_from].rank,
+            tasks[init_from].num_experts,
+        ):
+            raise ValueError(
+                f"Task {init_from!r} has rank {tasks[init_from].rank} and {tasks[init_from].num_experts} experts; to start "
+                f"from it {name!r} needs the same."
+            )
+        tasks[name] = task
+        weight = self.lm_head.weight
+        projector = HealthGPTProjector(self.config.vision_config.hidden_size, self.config.text_config.hidden_size)
+        self.model.projectors[name] = projector.to(weight)
+        owners = [self.model.projectors]
+        for module in self.modules():
+            if isinstance(module, HLoRALinear):
+                plugin = HLoRA(task, module.base_layer.in_features, module.base_layer.out_features)
+                nn.init.zeros_(plugin.lora_B.weight)  # A and R are Kaiming-uniform as every new linear
+                module.plugins[name] = plugin.to(weight)
+                owners.append(module.plugins)
+        if init_from is not None:
+            for modules in owners:
+                modules[name].load_state_dict(modules[init_from].state_dict())
+        self.use_token_tables(task.token_tables, [name])
+
+    def use_token_tables(self, tables: str | None, tasks: list[str]) -> None:
+        """
+        Lets tasks use a pair of token tables; a pair that the model lacks starts as a copy of the base's, and one that no
+        task uses any more is dropped.
+
+        Args:
+            tables (`str`, *optional*): Name of the tables; `None` means the base's.
+            tasks (`list[str]`): The tasks.
+        """
+        if tables is not None and tables not in self.token_heads:
+            embeddings = copy.deepcopy(self.get_input_embeddings())
+            self.model.token_embeddings[tables] = embeddings
+            self.token_heads[tables] = copy.deepcopy(self.lm_head)
+        for task in tasks:
+            self.config.tasks[task].token_tables = tables
+        for unused in self.token_heads.keys() - set(self.config.token_tables):
+            del self.token_heads[unused], self.model.token_embeddings[unused]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        task: str | list[str] | None = None,
+        generation_mode: str | None = None,
+        constrain_image_tokens: bool = True,
+        **kwargs,
+    ):
+        """
+        Answers or draws; transformers' `generate` with the task of every row.
+
+        A row that draws gets `<start_index>` appended if its prompt lacks it, and writes exactly one whole picture of
+        codes, whatever length is asked for: length arguments hold for rows that answer. Only a stopping criterion of the
+        caller's own (`max_time`, `stop_strings`) ends a picture early. With `past_key_values` of an earlier call, the
+        pictures that it holds may be given again or left out. Prompts given as `inputs_embeds` have to end with the embedding
+        of `<start_index>` themselves.
+
+        Args:
+            inputs, generation_config, logits_processor, stopping_criteria, kwargs: As in `GenerationMixin.generate`.
+            task (`str` or `list[str]`, *optional*, defaults to `"comprehension"`): One name in `config.tasks`, or one
+                per row.
+            generation_mode (`str`, *optional*): `"text"` means task `"comprehension"`, `"image"` task `"generation"`.
+            constrain_image_tokens (`bool`, defaults to `True`): Whether drawing rows are held to image codes. `False`
+                lets the model write what it likes, by default for one picture of tokens, as the published scripts do.
+
+        Returns:
+            As `GenerationMixin.generate`: ids of prompt and continuation, `(batch * num_return_sequences, length)`.
+
+        Raises:
+            ValueError: if a task is unknown, a prompt does not fit into the model's window, or an option of `generate`
+                cannot be used for drawing.
+        """
+        task = task_from_mode(task, generation_mode)
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        prompt = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        if prompt is None or prompt.ndim < 2 or 0 in prompt.shape[:2]:
+            raise ValueError(
+                "generate needs a prompt: input_ids (batch, length) or inputs_embeds (batch, length, hidden), not empty."
+            )
+        tasks = self.model.tasks_of_rows(task, len(prompt))
+        draws = torch.tensor([self.config.tasks[name].kind == "image" for name in tasks], device=prompt.device)
+        cached = cached_length(kwargs.get("past_key_values"))
+        if input_ids is not None and draws.any():
+            input_ids, attention_mask = self._append_image_start(
+                input_ids, kwargs.get("attention_mask"), draws, cached
+            )
+            kwargs["attention_mask"] = attention_mask
+            prompt = input_ids
+        if input_ids is not None:
+            # Pictures that a kept cache holds need not be given again.
+            pixel_values = kwargs.get("pixel_values")
+            self.model.get_placeholder_mask(input_ids[:, cached if pixel_values is None else 0 :], pixel_values)
+            if (~draws & (input_ids[:, -1] == self.config.image_start_token_id)).any():
+                raise ValueError(
+                    "A prompt ends with <start_index>, as prompts for drawing do, but its task answers in words."
+                )
+        self._check_generation(prompt.shape[1], draws, kwargs, generation_config)
+
+        logits_processor = LogitsProcessorList(logits_processor or [])
+        if self.config.image_token_id < self.lm_head.out_features:
+            # Qwen's padded rows have one for <image>, which stands for given pictures and is never an answer.
+            logits_processor.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=prompt.device))
+        limit = asked = self._pop_max_new_tokens(prompt.shape[1], kwargs, generation_config)
+        if draws.any():
+            drawing_limit = self.config.num_image_codes
+            if constrain_image_tokens:
+                logits_processor.append(
+                    ImageTokenLogitsProcessor(draws, self.config.image_code_offset, self.config.vqgan_config.num_codes)
+                )
+            elif asked is not None:
+                drawing_limit = asked
+            text_limit = self.generation_config.max_new_tokens or 20 if asked is None else asked
+            limits = torch.where(draws, drawing_limit, text_limit)
+            if not draws.all():
+                stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
+                stopping_criteria.append(RowLengthCriteria(0 if input_ids is None else prompt.shape[1], limits))
+            limit = int(limits.max())
+        if limit is not None and generation_config is None:
+            kwargs["max_new_tokens"] = limit
+        elif limit is not None:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.max_new_tokens = limit
+
+        return super().generate(
+            input_ids,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            task=tasks[0] if len(set(tasks)) == 1 else tasks,
+            **kwargs,
+        )
+
+    def _append_image_start(self, input_ids, attention_mask, draws, cached):
+        """Appends `<start_index>` to drawing rows that lack it; the other rows get one more pad on the left."""
+        lacking = draws & (input_ids[:, -1] != self.config.image_start_token_id)
+        if not lacking.any():
+            return input_ids, attention_mask
+        if cached > 0 and not lacking.all():
+            raise ValueError(
+                "Rows that continue a cache cannot be moved: end the prompts of all rows that draw with <start_index>, as "
+                "apply_chat_template(add_generation_prompt=True) does."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if (attention_mask[:, -1] == 0).any():
+            raise ValueError("Prompts of different lengths must be padded on the left.")
+
+        def shift(tensor, left, right):
+            edge = tensor.new_ones((len(tensor), 1))
+            appended = torch.cat([tensor, edge * right], dim=1)
+            padded = torch.cat([edge * left, tensor], dim=1)
+            return torch.where(lacking.unsqueeze(1), appended, padded)
+
+        pad = self.config.text_config.pad_token_id or 0
+        return shift(input_ids, pad, self.config.image_start_token_id), shift(attention_mask, 0, 1)
+
+    def _check_generation(self, prompt_length, draws, kwargs, generation_config):
+        window = self.config.text_config.max_position_embeddings
+        new_tokens = self.config.num_image_codes if draws.any() else 1
+        if prompt_length + new_tokens > window:
+            raise ValueError(
+                f"The prompt has {prompt_length} tokens and needs room for {new_tokens} more, but the model's window is "
+                f"{window} tokens."
+            )
+
+        def option(name):
+            return kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
+
+        looks_up_ids = (option("repetition_penalty") or 1) != 1 or option("prompt_lookup_num_tokens")
+        if looks_up_ids and self.config.image_token_id >= self.lm_head.out_features and TRANSFORMERS_VERSION < (5, 18):
+            raise ValueError(
+                "repetition_penalty and prompt_lookup_num_tokens need transformers 5.18 or newer, since the id that stands "
+                "for pictures lies past the token tables."
+            )
+        if draws.any() and option("forced_eos_token_id") is not None:
+            raise ValueError("forced_eos_token_id would take the place of a picture's last code: draw without it.")
+        if (option("guidance_scale") or 1) != 1:
+            raise ValueError("guidance_scale is not supported: its second pass would run without picture and task.")
+        if draws.any() and not draws.all() and (option("num_beams") or 1) > 1:
+            raise ValueError("Beam search needs rows that all answer or all draw; this batch mixes both.")
+
+    def _pop_max_new_tokens(self, prompt_length, kwargs, generation_config):
+        """How many new tokens the caller asked for, if they did; takes the arguments that say so out of `kwargs`."""
+        asked = GenerationConfig(**{name: kwargs.pop(name, None) for name in ("max_new_tokens", "max_length")})
+        for config in (asked, generation_config):
+            if config is not None and config.max_new_tokens is not None:
+                return config.max_new_tokens
+            if config is not None and config.max_length is not None:
+                return max(config.max_length - prompt_length, 1)
+        return None
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        pixel_values=None,
+        inputs_embeds=None,
+        past_key_values=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if pixel_values is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            starts = (input_ids == self.config.image_token_id).nonzero()[:: self.config.num_image_patches, 1]
+            cached = cached_length(past_key_values)
+            if ((starts < cached) & (cached < starts + self.config.num_image_patches)).any():
+                raise ValueError("The cache ends within a picture: crop it before or after.")
+            pixel_values = pixel_values[starts >= cached]
+            model_inputs["pixel_values"] = pixel_values if len(pixel_values) > 0 else None
+        return model_inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeats every row `expand_size` times, with its task and its pictures: a row may have none or several."""
+        if isinstance(model_kwargs["task"], list):
+            model_kwargs["task"] = [name for name in model_kwargs["task"] for _ in range(expand_size)]
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1:
+            image_mask = self.model.get_placeholder_mask(input_ids, pixel_values)
+            images_per_row = (image_mask.sum(dim=1) // self.config.num_image_patches).tolist()
+            pixel_values = torch.cat(
+                [images.repeat(expand_size, 1, 1, 1) for images in pixel_values.split(images_per_row)]
+            )
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+    @torch.no_grad()
+    def decode_image_tokens(self, sequences: torch.LongTensor) -> torch.FloatTensor:
+        """
+        Draws the pictures whose codes `generate` wrote.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(batch, length)`): Ids with one picture of codes per row, after the
+                last `<start_index>` if there is one; other ids among them are passed over.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, 3, height, width)`: Pixels in [-1, 1].
+
+        Raises:
+            ValueError: if the checkpoint has no VQGAN, or a row does not hold exactly one picture of codes.
+        """
+        vqgan = self._require_vqgan()
+        codes = []
+        for index, row in enumerate(sequences.unsqueeze(0) if sequences.ndim == 1 else sequences):
+            starts = (row == self.config.image_start_token_id).nonzero()
+            row = row[starts[-1] + 1 :] if len(starts) > 0 else row
+            row = row - self.config.image_code_offset
+            row = row[(row >= 0) & (row < vqgan.config.num_codes)]
+            if len(row) != self.config.num_image_codes:
+                raise ValueError(
+                    f"Row {index} holds {len(row)} image codes, but a picture is made of exactly "
+                    f"{self.config.num_image_codes}."
+                )
+            codes.append(row)
+        weight = vqgan.quantize.embed.weight
+        # What accelerate has offloaded is on the meta device, and its input is moved by accelerate's hooks.
+        return vqgan.decode(torch.stack(codes).to(None if weight.is_meta else weight.device)).float()
+
+    @torch.no_grad()
+    def encode_image(self, pixels: torch.FloatTensor) -> torch.LongTensor:
+        """
+        Turns pictures into the codes that `generate` would have to write for them.
+
+        Args:
+            pixels (`torch.FloatTensor` of shape `(batch, 3, resolution, resolution)`): Pixels in [-1, 1], from
+                `HealthGPTProcessor.process_target_images`.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, num_image_codes)`: Codes from 0, row by row of the picture. The id of
+            code `i` is `config.image_code_offset + i`.
+
+        Raises:
+            ValueError: if the checkpoint has no VQGAN or the pictures have another size.
+        """
+        vqgan = self._require_vqgan()
+        expected = (vqgan.config.in_channels, vqgan.config.resolution, vqgan.config.resolution)
+        if pixels.shape[1:] != expected:
+            raise ValueError(
+                f"The VQGAN reads pictures of shape (batch, {', '.join(map(str, expected))}), got {tuple(pixels.shape)}."
+            )
+        weight = vqgan.quantize.embed.weight
+        return vqgan.encode(pixels.to(None if weight.is_meta else weight.device, weight.dtype))
+
+    def _require_vqgan(self):
+        if self.model.vqgan is None:
+            raise ValueError(
+                "This checkpoint has no VQGAN: it was exported without one and cannot handle image codes."
+            )
+        return self.model.vqgan
+
+
+__all__ = ["HealthGPTForConditionalGeneration", "HealthGPTModel", "HealthGPTPreTrainedModel"]

@@ -125,9 +125,8 @@ def spoil_and_export(number, clean):
     with tempfile.TemporaryDirectory() as folder:
         m3 = Path(folder) / "m3"
         shutil.copytree(GOLDEN / "m3", m3)
-        if dice.random() < 0.8:
-            corrupt, path = dice.choice(CORRUPTIONS), m3 / dice.choice(FILES)
-        else:
+        corrupt, path = dice.choice(CORRUPTIONS), m3 / dice.choice(FILES)
+        if number % 10 == 8:
             corrupt, path = dice.choice([flip, truncate]), m3 / dice.choice(SETTINGS)
         corrupt(path, dice)
         output = Path(folder) / "out"

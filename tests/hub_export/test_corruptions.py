@@ -6,10 +6,10 @@ from fuzz_export import spoil_and_export
 
 CASES = {
     "change_tensors": {"refused": [0, 9, 11, 24, 25], "identical": [12], "faithful": [65]},
-    "flip": {"refused": [14, 19], "faithful": [2]},
+    "flip": {"refused": [14, 19, 28, 68], "faithful": [2]},
     "flip_in_the_head": {"refused": [1, 3, 4], "identical": [114], "faithful": [15]},
     "splice": {"refused": [5, 29, 30, 33], "identical": [17], "faithful": [6]},
-    "truncate": {"refused": [7, 13]},
+    "truncate": {"refused": [7, 13, 8, 88]},
 }
 
 

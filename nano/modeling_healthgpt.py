@@ -391,7 +391,7 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             image_mask = image_mask.unsqueeze(-1).to(inputs_embeds.device)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, features)
-        elif input_ids is not None and cached_length(past_key_values) == 0:
+        elif input_ids is not None and past_key_values is None:
             self.get_placeholder_mask(input_ids, None)
 
         with route(group_by_task(tasks, inputs_embeds.device)):

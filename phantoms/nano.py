@@ -140,7 +140,7 @@ def build_parts(work: Path, scale: float, log: Log) -> None:
 
 
 def share(steps: int, scale: float) -> int:
-    return max(round(steps * scale), 10)
+    return max(round(steps * scale), 20)  # fewer have no warm-up
 
 
 def run_stages(work: Path, stages: tuple[Stage, ...], scale: float, log: Log):

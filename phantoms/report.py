@@ -96,12 +96,10 @@ def report_pictures(model, processor, count: int, log=lambda text: None) -> dict
 
 def draw(model, processor, samples: list[dict]) -> list[Image.Image]:
     """The pictures that a model draws for samples of phantoms."""
-    rows = [
-        {"task": "generation", "instruction": sample["instruction"], "input_image": [sample["input_image"]]}
-        if sample["input_image"] is not None
-        else {"task": "generation", "instruction": sample["instruction"], "input_image": []}
-        for sample in samples
-    ]
+    rows = []
+    for sample in samples:
+        pictures = [sample["input_image"]] if sample["input_image"] is not None else []
+        rows.append({"task": "generation", "instruction": sample["instruction"], "input_image": pictures})
     with tempfile.TemporaryDirectory() as folder:
         draw_samples(model, processor, rows, Path(folder) / "drawn", Records(Path(folder), {}), batch_size=32)
         return [Image.open(Path(folder) / f"drawn/{number}.png").convert("RGB") for number in range(len(rows))]

@@ -30,9 +30,17 @@ from .families import read_json
 from .hub import fetch
 from .plan import ExportSources, Plan, build_plan
 from .presets import require_preset
-from .quantize import quantize_checkpoint, require_bitsandbytes
+from .quantize import (
+    MAX_QUANTIZED_SHARD_BYTES,
+    quantization_config,
+    require_bitsandbytes,
+    stored_bytes,
+    verify_quantized_shard,
+    write_quantized_shard,
+)
 from .sources import CheckpointError, check_archive, reading
 from .write import (
+    MAX_SHARD_BYTES,
     RECORD_NAME,
     Advance,
     require_files,
@@ -158,26 +166,27 @@ def fill(partial, plan, fingerprint, quantize, progress) -> dict:
     if not record.is_file() or read_json(record)["fingerprint"] != fingerprint:
         clear(partial)
         write_json(partial / RECORD_NAME, {"fingerprint": fingerprint})
-    merged = partial if quantize is None else partial / "merged"
-    merged.mkdir(exist_ok=True)
-    require_space(plan, merged, quantize)
+    require_space(plan, partial, quantize)
     checksums = check_sources(plan, progress)
-    shards = split_into_shards(plan)
-    advance = progress("Writing", plan.total_bytes)
+    shards = split_into_shards(plan, MAX_SHARD_BYTES if quantize is None else MAX_QUANTIZED_SHARD_BYTES)
+    advance = progress("Writing" if quantize is None else "Quantising", plan.total_bytes)
     for shard, transfers in shards.items():
-        if (merged / shard).exists():
+        if (partial / shard).exists():
             advance(sum(map(plan.nbytes, transfers)))
+        elif quantize is None:
+            write_shard(plan, transfers, partial / shard, advance)
         else:
-            write_shard(plan, transfers, merged / shard, advance)
-    write_index(plan, shards, merged)
+            write_quantized_shard(plan, transfers, partial / shard, advance, quantize)
+    write_index(partial, list(shards))
     advance = progress("Verifying", plan.total_bytes)
     for shard, transfers in shards.items():
-        verify_shard(plan, transfers, merged / shard, advance)
-
-    write_files(plan, partial)
+        if quantize is None:
+            verify_shard(plan, transfers, partial / shard, advance)
+        else:
+            verify_quantized_shard(plan, transfers, partial / shard, advance, quantize)
     if quantize is not None:
-        plan.config.save_pretrained(merged)
-        quantize_checkpoint(merged, partial, quantize, plan.config.dtype)
+        plan.config.quantization_config = quantization_config(quantize, plan.config.dtype)
+    write_files(plan, partial)
     return {"fingerprint": fingerprint, "quantize": quantize, "sources": checksums, "versions": versions()}
 
 
@@ -217,9 +226,7 @@ def require_space(plan: Plan, folder: Path, quantize: str | None) -> None:
     for path in folder.glob("*.unfinished"):
         path.unlink()
     there = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
-    needed = plan.total_bytes - there + SPACE_BESIDE_WEIGHTS
-    if quantize is not None:  # the merged checkpoint and the quantised one are there at once
-        needed += plan.total_bytes
+    needed = stored_bytes(plan, quantize) - there + SPACE_BESIDE_WEIGHTS
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise NotEnoughSpace(f"The disk has {free / 1e9:.2f} GB free, but the export needs {needed / 1e9:.2f} GB.")

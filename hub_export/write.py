@@ -5,14 +5,17 @@ The safetensors library writes a file from tensors that are all in memory; here 
 tensors follow one piece at a time, so that memory does not depend on the size of the model.
 """
 
+import errno
 import json
+import math
+import mmap
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +24,6 @@ from .plan import Plan, Transfer
 from .sources import CheckpointError, read_file
 
 MAX_SHARD_BYTES = 5 * 10**9
-BLOCK_BYTES = 2**20  # one call of write with 64 MB was seen to take eight times as long on ext4
 INDEX_NAME = "model.safetensors.index.json"
 RECORD_NAME = "healthgpt_export.json"
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -29,9 +31,9 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 Advance = Callable[[int], None]  # told how many more bytes are done
 
 
-def split_into_shards(plan: Plan) -> dict[str, list[Transfer]]:
+def split_into_shards(plan: Plan, max_bytes: int) -> dict[str, list[Transfer]]:
     """
-    The checkpoint's weight files by name: shards of at most 5 GB for what all tasks share and one file for each task, so
+    The checkpoint's weight files by name: shards of limited size for what all tasks share and one file for each task, so
     that a task can be added or taken out without touching the rest.
     """
     shared, of_tasks = [[]], {}
@@ -42,7 +44,7 @@ def split_into_shards(plan: Plan) -> dict[str, list[Transfer]]:
             of_tasks.setdefault(task, []).append(transfer)
             continue
         nbytes = plan.nbytes(transfer)
-        if shared[-1] and size + nbytes > MAX_SHARD_BYTES:
+        if shared[-1] and size + nbytes > max_bytes:
             shared.append([])
             size = 0
         shared[-1].append(transfer)
@@ -80,35 +82,84 @@ def write_shard(plan: Plan, transfers: list[Transfer], path: Path, advance: Adva
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     unfinished = path.with_suffix(".unfinished")
-    buffers = [torch.empty(0, dtype=torch.uint8)] * 2
-    with open(unfinished, "wb") as file, ThreadPoolExecutor(max_workers=1) as pool:
-        file.write(len(text).to_bytes(8, "little") + text)
-        pending = pool.submit(write_blocks, file, buffers[0])
+    with BlockWriter(unfinished) as file:
+        file.write(torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8))
         for transfer in transfers:
             for piece in transfer.pieces(plan.config.dtype):
-                # One buffer is written while the next is filled; pages that are always the same are written fastest.
-                data = piece.flatten().view(torch.uint8)
-                if len(buffers[0]) < len(data):
-                    buffers[0] = torch.empty_like(data)
-                filled = buffers[0][: len(data)].copy_(data)
-                buffers.reverse()
-                pending.result()
-                pending = pool.submit(write_blocks, file, filled)
+                file.write(piece.flatten().view(torch.uint8))
                 advance(piece.nbytes)
-        pending.result()
     unfinished.rename(path)
 
 
-def write_blocks(file: BinaryIO, data: torch.Tensor) -> None:
-    view = memoryview(data.numpy())
-    for start in range(0, len(view), BLOCK_BYTES):
-        file.write(view[start : start + BLOCK_BYTES])
+class BlockWriter:
+    """
+    A new file, written in blocks past the page cache: of two buffers one is filled while the other goes to the disk.
+
+    The page cache would first make room for every byte, and fill up with what nobody reads soon. File systems that know no
+    direct writing are written in the ordinary way.
+
+    Args:
+        path (`Path`): The file.
+    """
+
+    BLOCK_BYTES = 2**24  # direct writing takes whole sectors, from memory that starts with a page
+
+    def __init__(self, path: Path):
+        self.file = open(path, "wb", buffering=0, opener=open_directly)  # noqa: SIM115, __exit__ closes it
+        self.buffers = [torch.frombuffer(mmap.mmap(-1, self.BLOCK_BYTES), dtype=torch.uint8) for _ in range(2)]
+        self.filled = self.size = 0
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.pending = self.pool.submit(int)
+
+    def write(self, data: torch.Tensor) -> None:
+        """Appends bytes, `uint8` of shape `(count,)`."""
+        self.size += len(data)
+        while len(data):
+            part = data[: self.BLOCK_BYTES - self.filled]
+            self.buffers[0][self.filled : self.filled + len(part)].copy_(part)
+            self.filled += len(part)
+            data = data[len(part) :]
+            if self.filled == self.BLOCK_BYTES:
+                self._flush()
+
+    def _flush(self):
+        self.pending.result()
+        self.pending = self.pool.submit(self._write_block, memoryview(self.buffers[0].numpy()))
+        self.buffers.reverse()
+        self.filled = 0
+
+    def _write_block(self, block):
+        if self.file.write(block) < len(block):
+            raise OSError("the disk took only a part of it: it is full, or limits the size of files")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        with self.file, self.pool:
+            if error is None:
+                self._flush()
+                self.pending.result()
+                self.file.truncate(self.size)
 
 
-def write_index(plan: Plan, shards: dict[str, list[Transfer]], folder: Path) -> None:
-    weight_map = {transfer.target: name for name, transfers in shards.items() for transfer in transfers}
-    index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": weight_map}
-    write_json(folder / INDEX_NAME, index)
+def open_directly(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def write_index(folder: Path, files: list[str]) -> None:
+    """Writes which of the weight files each tensor lies in."""
+    tensors = {name: read_file(folder / name) for name in files}
+    total = sum(
+        math.prod(tensor.shape) * tensor.dtype.itemsize for part in tensors.values() for tensor in part.values()
+    )
+    weight_map = {tensor: name for name, part in tensors.items() for tensor in part}
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_json(path: Path, content: dict) -> None:

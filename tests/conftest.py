@@ -99,7 +99,7 @@ def m3(checkpoints):
 
 
 @contextmanager
-def full_disk(nbytes: int = 10**6):
+def full_disk(nbytes: int = 2**20):
     """Meanwhile writing a file past so many bytes fails as on a full disk."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,11 +1,16 @@
 """Checkpoints that are quantised when they are exported."""
 
+import json
+
 import pytest
 import torch
 from conftest import GOLDEN, sources_of, weights_of
 from transformers import AutoModelForImageTextToText
 
 from healthgpt.hub_export import CheckpointError, export
+from healthgpt.hub_export.plan import build_plan
+from healthgpt.hub_export.quantize import quantization_config, verify_quantized_shard
+from healthgpt.hub_export.write import split_into_shards
 
 
 def test_8_bit_quantises_the_language_models_linears_and_nothing_else(tmp_path, checkpoints):
@@ -36,6 +41,40 @@ def test_4_bit_where_the_sizes_allow_it_and_a_sentence_where_not(tmp_path, check
     with pytest.raises(CheckpointError, match="finished checkpoint"):
         export(sources_of(GOLDEN / "m3"), tmp_path / "golden", quantize="4bit")
     assert not (tmp_path / "golden").exists()
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_what_is_written_is_what_transformers_quantises_to(tmp_path, checkpoints, quantize):
+    made = checkpoints("made_wide")
+    settings = quantization_config(quantize, torch.bfloat16)
+    model = AutoModelForImageTextToText.from_pretrained(
+        made.folder, trust_remote_code=True, quantization_config=settings, dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path / "expected")
+    told = []
+    sources = sources_of(made.source)
+    export(
+        sources,
+        tmp_path / "tiny",
+        "bfloat16",
+        quantize,
+        progress=lambda stage, total: told.append(stage) or told.append,
+    )
+    assert [stage for stage in told if isinstance(stage, str)] == ["Checking", "Quantising", "Verifying"]
+    expected, written = weights_of(tmp_path / "expected"), weights_of(tmp_path / "tiny")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    index = json.loads((tmp_path / "tiny/model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == expected.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+
+    [shard, transfers] = next(iter(split_into_shards(build_plan(sources, "bfloat16"), 10**9).items()))
+    path = tmp_path / "tiny" / shard
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"differs from what .* gives"):
+        verify_quantized_shard(build_plan(sources, "bfloat16"), transfers, path, lambda nbytes: None, quantize)
 
 
 def test_what_cannot_be_quantised_is_said(tmp_path):

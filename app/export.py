@@ -1,6 +1,7 @@
 """`healthgpt export` and `healthgpt plugin`: checkpoints made and changed."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,11 @@ def export(
         bool, typer.Option("--skip-forward", help="Do not run every task once at the end.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print what would be written, and write nothing; of the Hub's safetensors only headers are read.",
+        ),
     ] = False,
     push_to_hub: Annotated[str | None, typer.Option(help="Repository user/name to upload the result to.")] = None,
     public: Public = False,
@@ -61,7 +66,8 @@ def export(
     from ..hub_export import push as upload
     from ..hub_export.hub import fetch, require_repository
     from ..hub_export.plan import build_plan
-    from ..hub_export.presets import PRESETS
+    from ..hub_export.presets import PRESETS, require_preset
+    from ..hub_export.quantize import require_bitsandbytes
 
     named = {
         "base": base,
@@ -89,7 +95,13 @@ def export(
     if push_to_hub is not None:
         require_repository(push_to_hub)
     if dry_run:
-        print_plan(build_plan(fetch(sources), dtype))
+        if quantize is not None:
+            require_bitsandbytes(quantize)
+        with tempfile.TemporaryDirectory() as folder:
+            plan = build_plan(fetch(sources, Path(folder)), dtype)
+            if preset is not None:
+                require_preset(plan.config, preset)
+            print_plan(plan, quantize)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
@@ -168,9 +180,12 @@ def extract_plugin(
 @plugins.command("add")
 def add_plugin(
     checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
-    plugin: Annotated[Path, typer.Argument(help="Folder of a plugin, as extract makes it.")],
+    plugin: Annotated[Path, typer.Argument(help="Folder of a plugin, as extract makes it, or a published .bin file.")],
     name: Annotated[str | None, typer.Option(help="Name of the task in this checkpoint; by default its own.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Take the place of a task of that name.")] = False,
+    kind: Annotated[str | None, typer.Option(help="Of a .bin file: text or image.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of a .bin file; by default twice its rank.")] = None,
+    fusion: Annotated[Path | None, typer.Option(help="fusion_layer_weights.bin that goes with a .bin file.")] = None,
 ) -> None:
     """
     Puts a plugin into a checkpoint, without rewriting what is there.
@@ -179,12 +194,15 @@ def add_plugin(
     """
     from ..hub_export.plugins import add_plugin as run
 
-    run(checkpoint, plugin, name, replace)
+    run(checkpoint, plugin, name, replace, kind, alpha, fusion)
     typer.echo(f"{checkpoint}")
 
 
-def print_plan(plan) -> None:
-    """Every source tensor with its rule, its target or the reason why it is dropped, and sizes; then the parts."""
+def print_plan(plan, quantize: str | None) -> None:
+    """Every source tensor with its rule, its target or the reason why it is dropped, and sizes; then parts and abilities."""
+    from ..hub_export.card import abilities
+    from ..hub_export.quantize import stored_bytes
+
     for transfer in plan.transfers:
         typer.echo(
             f"{transfer.tensor.origin.name}: {transfer.name} {list(transfer.tensor.shape)} -> {transfer.target} "
@@ -199,3 +217,6 @@ def print_plan(plan) -> None:
     Console().print(table)
     tasks = ", ".join(f"{name} ({task.kind})" for name, task in plan.config.tasks.items())
     typer.echo(f"{plan.total_bytes / 1e9:.3f} GB of weights as {plan.config.dtype}; tasks: {tasks}")
+    if quantize is not None:
+        typer.echo(f"About {stored_bytes(plan, quantize) / 1e9:.3f} GB once the linears are quantised to {quantize}")
+    typer.echo(f"The checkpoint {abilities(plan.config)}.")

@@ -126,7 +126,6 @@ def build_card(config: HealthGPTConfig, record: dict) -> str:
             for benchmark, figures in published.results.items()
         )
         results = RESULTS.format(name=published.name, paper=PAPER, rows=rows)
-    abilities = ["answers questions about medical pictures"] * bool(asks) + ["draws medical pictures"] * bool(draws)
     quantized, needs = "", ""
     if record["quantize"]:
         quantized = f" Then bitsandbytes stored the linears of the language model in {record['quantize'].removesuffix('bit')} bits."
@@ -137,7 +136,7 @@ def build_card(config: HealthGPTConfig, record: dict) -> str:
         front_matter=data.to_yaml(),
         name=name.split("/")[-1],
         paper=PAPER,
-        abilities=" and ".join(abilities),
+        abilities=abilities(config),
         snippet=LOAD.format(name=name) + "".join(snippets),
         tasks="\n".join(
             f"| `{task}` | {settings.kind} | {settings.rank} | {settings.alpha:g} | {settings.num_experts} | "
@@ -151,6 +150,13 @@ def build_card(config: HealthGPTConfig, record: dict) -> str:
         ),
         versions=", ".join(f"{library} {version}" for library, version in record["versions"].items()),
     )
+
+
+def abilities(config: HealthGPTConfig) -> str:
+    """What a checkpoint can do, in words that follow its name."""
+    kinds = {task.kind for task in config.tasks.values()}
+    can = {"text": "answers questions about medical pictures", "image": "draws medical pictures"}
+    return " and ".join(words for kind, words in can.items() if kind in kinds)
 
 
 def rewrite_card(folder: Path, old: tuple[HealthGPTConfig, dict], new: tuple[HealthGPTConfig, dict]) -> None:

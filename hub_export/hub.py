@@ -1,12 +1,21 @@
 """The Hub: sources named by repository instead of by path, and the finished checkpoint pushed."""
 
+import fnmatch
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, parse_hf_uri, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    HfFileSystem,
+    hf_hub_download,
+    is_offline_mode,
+    parse_hf_uri,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -31,11 +40,16 @@ SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
-def fetch(sources: ExportSources) -> ExportSources:
+def fetch(sources: ExportSources, headers: Path | None = None) -> ExportSources:
     """
     The same sources, with every name of the Hub replaced by the path of its download in the Hub's cache.
 
     A folder is named `user/name` or `user/name@revision`, a file `hf://user/name/file` or `hf://user/name@revision/file`.
+
+    Args:
+        sources (`ExportSources`): Sources here or on the Hub.
+        headers (`Path`, *optional*): A folder for sparse files that have the header and the size of the safetensors on the
+            Hub, which are then not downloaded: enough for a plan. Offline the cache is used.
 
     Raises:
         CheckpointError: if something is neither here nor on the Hub, or may not be read.
@@ -51,7 +65,12 @@ def fetch(sources: ExportSources) -> ExportSources:
                 uri = parse_hf_uri(name)
             except ValueError as error:
                 raise CheckpointError(f"{name} is no name of the Hub: {error}.") from error
-            found[field.name] = fetch_folder(uri) if is_folder else fetch_file(uri)
+            if not is_folder:
+                found[field.name] = fetch_file(uri)
+            elif headers is None or is_offline_mode():
+                found[field.name] = fetch_folder(uri)
+            else:
+                found[field.name] = fetch_headers(uri, headers / field.name)
     return replace(sources, **found)
 
 
@@ -61,6 +80,25 @@ def fetch_folder(uri) -> Path:
         folder = Path(snapshot_download(uri.id, revision=uri.revision, allow_patterns=CONFIGURATIONS + SAFETENSORS))
         if not list(folder.glob("model*.safetensors")):
             snapshot_download(uri.id, revision=uri.revision, allow_patterns=CONFIGURATIONS + PICKLES)
+    return folder
+
+
+def fetch_headers(uri, folder: Path) -> Path:
+    """Downloads a model's configuration and tokenizer, and only the headers of its safetensors if it has some."""
+    with asking(uri.id):
+        names = HfApi().list_repo_files(uri.id, revision=uri.revision)
+        weights = fnmatch.filter(names, SAFETENSORS[0])
+        if not weights:
+            return fetch_folder(uri)
+        folder.mkdir()
+        for name in {*CONFIGURATIONS, *SAFETENSORS[1:]}.intersection(names):
+            shutil.copyfile(hf_hub_download(uri.id, name, revision=uri.revision), folder / name)
+        for name in weights:
+            address = f"{uri.id}@{uri.revision}/{name}" if uri.revision else f"{uri.id}/{name}"
+            with HfFileSystem().open(address, block_size=2**16) as remote, open(folder / name, "wb") as file:
+                length = remote.read(8)
+                file.write(length + remote.read(int.from_bytes(length, "little")))
+                file.truncate(remote.size)
     return folder
 
 

@@ -36,6 +36,7 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+KINDS = {"comprehension": "text", "generation": "image"}  # what the published plugins put out
 PUBLISHED_NUM_CODES = 8192
 MAX_CODES = 2**17  # each is a token
 PIECE_BYTES = 64 * 2**20  # tensors are read and converted in pieces of about this size
@@ -146,6 +147,12 @@ class Plan:
     transfers: list[Transfer] = field(default_factory=list)
     dropped: list[tuple[str, LazyTensor, rules.Rule]] = field(default_factory=list)  # by the name in its source
 
+    def add(self, tensors: dict[str, LazyTensor], table: list[rules.Rule], origin, rows=None) -> None:
+        """Adds one source; see `transfers_of`."""
+        transfers, dropped = transfers_of(tensors, table, origin, rows)
+        self.transfers += transfers
+        self.dropped += dropped
+
     def nbytes(self, transfer: Transfer) -> int:
         """Size of a tensor of the checkpoint."""
         return math.prod(transfer.shape) * self.config.dtype.itemsize
@@ -205,7 +212,7 @@ def build_plan(sources: ExportSources, dtype: str | None = None) -> Plan:
 
     vision_config = read_vision_config(vision)
     alphas = {"comprehension": sources.comprehension_alpha, "generation": sources.generation_alpha}
-    tasks = {name: task_config(name, tensors, alphas[name]) for name, tensors in plugins.items()}
+    tasks = {name: task_config(name, KINDS[name], tensors, alphas[name]) for name, tensors in plugins.items()}
     if sources.fusion is not None:
         tasks["generation"].token_tables = "generation"
     config = HealthGPTConfig(
@@ -230,14 +237,14 @@ def build_plan(sources: ExportSources, dtype: str | None = None) -> Plan:
         drop_tied_head(plan, base_tensors)
     resize = (base_rows, config.text_config.vocab_size) if adds_tokens else None
     tables = {"model.embed_tokens.weight": resize, "lm_head.weight": resize}
-    add_transfers(plan, base_tensors, rules.BASE, base, rows=tables)
-    add_transfers(plan, read_directory(vision), rules.VISION, vision)
+    plan.add(base_tensors, rules.BASE, base, rows=tables)
+    plan.add(read_directory(vision), rules.VISION, vision)
     for name, tensors in plugins.items():
-        add_transfers(plan, tensors, rules.plugin(name), getattr(sources, name))
+        plan.add(tensors, rules.plugin(name), getattr(sources, name))
     if sources.fusion is not None:
-        add_transfers(plan, read_file(sources.fusion), rules.fusion("generation"), sources.fusion)
+        plan.add(read_file(sources.fusion), rules.fusion("generation"), sources.fusion)
     if sources.vqgan is not None:
-        add_transfers(plan, vqgan, rules.VQGAN, sources.vqgan)
+        plan.add(vqgan, rules.VQGAN, sources.vqgan)
     check_targets(plan)
     config.dtype = DTYPES[dtype] if dtype is not None else base_tensors["model.embed_tokens.weight"].dtype
     if config.dtype not in DTYPES.values():
@@ -247,23 +254,37 @@ def build_plan(sources: ExportSources, dtype: str | None = None) -> Plan:
     return plan
 
 
-def add_transfers(plan: Plan, tensors: dict[str, LazyTensor], table: list[rules.Rule], origin, rows=None) -> None:
-    """Adds one source to the plan, tensor by tensor, each by the rule that covers it."""
-    unknown = []
+def transfers_of(
+    tensors: dict[str, LazyTensor], table: list[rules.Rule], origin: str | Path, rows: dict | None = None
+) -> tuple[list[Transfer], list[tuple[str, LazyTensor, rules.Rule]]]:
+    """
+    Where the tensors of one source go and which are dropped, each by the rule that covers it.
+
+    Args:
+        tensors: By their names in the source.
+        table: The rules.
+        origin: The source's name in messages.
+        rows: What happens to the rows of a tensor, by its name; see `Transfer`.
+
+    Raises:
+        CheckpointError: if no rule covers a tensor, or it holds no floating point numbers.
+    """
+    transfers, dropped, unknown = [], [], []
     for name, tensor in tensors.items():
         rule = rules.find(table, name)
         if rule is None:
             unknown.append(name)
         elif rule.target is None:
-            plan.dropped.append((name, tensor, rule))
+            dropped.append((name, tensor, rule))
         elif tensor.dtype not in (*DTYPES.values(), torch.float64):
             raise CheckpointError(
                 f"{name} in {tensor.origin} holds {tensor.dtype} instead of floating point numbers of 16, 32 or 64 bits."
             )
         else:
-            plan.transfers.append(Transfer(rule.rename(name), name, tensor, rule, (rows or {}).get(name)))
+            transfers.append(Transfer(rule.rename(name), name, tensor, rule, (rows or {}).get(name)))
     if unknown:
         raise CheckpointError(f"{origin} has {list_names(unknown)} that no rule covers.")
+    return transfers, dropped
 
 
 def drop_tied_head(plan: Plan, base_tensors: dict[str, LazyTensor]) -> None:
@@ -336,7 +357,7 @@ def list_names(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{more})"
 
 
-def task_config(name: str, tensors: dict[str, LazyTensor], alpha: float | None) -> TaskConfig:
+def task_config(name: str, kind: str, tensors: dict[str, LazyTensor], alpha: float | None) -> TaskConfig:
     """Settings of a plugin, rank and number of experts from the shapes of its tensors."""
     sizes = {}
     for factor in ("lora_A", "lora_route"):
@@ -354,7 +375,7 @@ def task_config(name: str, tensors: dict[str, LazyTensor], alpha: float | None) 
     if not math.isfinite(alpha) or alpha <= 0:
         raise CheckpointError(f"The alpha of the {name} plugin must be a positive number, got {alpha}.")
     try:
-        if name == "comprehension":
+        if kind == "text":
             return TaskConfig("text", rank, alpha, num_experts, vision_layer=-2)
         return TaskConfig("image", rank, alpha, num_experts, vision_layer=1, default_prompt="Reconstruct the image.")
     except ValueError as error:

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration_healthgpt import HealthGPTConfig, TaskConfig
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
+from . import rules
 from .card import rewrite_card
 from .families import read_json
-from .plan import checkpoint_name, is_finite, list_names
+from .plan import KINDS, checkpoint_name, is_finite, list_names, task_config, transfers_of
 from .sources import CheckpointError, read_file, reading
 from .write import INDEX_NAME, RECORD_NAME, plugin_file, task_of, write_json, writing
 
@@ -95,25 +96,41 @@ def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = Fal
                 (checkpoint / file).unlink()
 
 
-def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None, replace: bool = False) -> None:
+def add_plugin(
+    checkpoint: Path,
+    plugin: Path,
+    name: str | None = None,
+    replace: bool = False,
+    kind: str | None = None,
+    alpha: float | None = None,
+    fusion: Path | None = None,
+) -> None:
     """
     Puts a plugin that lies alone into a checkpoint.
 
     Args:
         checkpoint (`Path`): An exported folder.
-        plugin (`Path`): Folder of the plugin, as [`extract_plugin`] makes it.
-        name (`str`, *optional*, defaults to its own): Name of the task in this checkpoint.
+        plugin (`Path`): Folder of the plugin, as [`extract_plugin`] makes it, or a published file such as
+            `gen_hlora_weights.bin`.
+        name (`str`, *optional*, defaults to its own): Name of the task in this checkpoint; needed for a published file.
         replace (`bool`, defaults to `False`): Whether it may take the place of a task of that name.
+        kind (`str`, *optional*): `"text"` or `"image"`; of a published file, which does not say, and of no other.
+        alpha (`float`, *optional*, defaults to twice the rank): H-LoRA's alpha, of a published file too.
+        fusion (`Path`, *optional*): `fusion_layer_weights.bin` with token tables of its own, for a published file too.
 
     Raises:
         CheckpointError: if the plugin does not fit the checkpoint, or there is a task of that name; then the checkpoint
             is as it was.
     """
     config, weight_map = read_checkpoint(checkpoint)
-    content = read_json(plugin / CONFIG_NAME)
-    with reading(plugin / CONFIG_NAME):
-        old, task = content["name"], TaskConfig(**content["task"])
-    name = old if name is None else name
+    if plugin.is_file():
+        name, task, tensors = read_published(plugin, name, kind, alpha, fusion, config.dtype)
+        sources = [plugin] if fusion is None else [plugin, fusion]
+    elif (kind, alpha, fusion) != (None, None, None):
+        raise CheckpointError("A kind, an alpha and a fusion layer go with a published file: a folder has its own.")
+    else:
+        name, task, tensors = read_plugin(plugin, name)
+        sources = [plugin / WEIGHTS_NAME]
     if name in config.tasks and not replace:
         raise CheckpointError(
             f"{checkpoint} has a task {name!r} already: give the plugin another name, or ask for it to be replaced."
@@ -123,11 +140,7 @@ def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None, replace:
         raise CheckpointError(
             f"Task {name!r} shares its weight file with other parts of {checkpoint} and cannot be replaced."
         )
-    if task.token_tables == old:
-        task.token_tables = name
-    read_file(plugin / WEIGHTS_NAME)
-    tensors = {rename(key, old, name): tensor for key, tensor in load_file(plugin / WEIGHTS_NAME).items()}
-    with reading(plugin / CONFIG_NAME):
+    with reading(plugin):
         grown = HealthGPTConfig.from_dict(
             {**config.to_dict(), "tasks": {**config.to_dict()["tasks"], name: asdict(task)}}
         )
@@ -157,7 +170,34 @@ def add_plugin(checkpoint: Path, plugin: Path, name: str | None = None, replace:
         save_file(tensors, unfinished, metadata={"format": "pt"})
         unfinished.rename(checkpoint / plugin_file(name))
         tasks = {key: asdict(value) for key, value in grown.tasks.items()}
-        update(checkpoint, weight_map, tasks, plugin / WEIGHTS_NAME)
+        update(checkpoint, weight_map, tasks, sources)
+
+
+def read_plugin(folder: Path, name: str | None) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
+    """Name, settings and tensors of a plugin that lies alone, under the new name if there is one."""
+    content = read_json(folder / CONFIG_NAME)
+    with reading(folder / CONFIG_NAME):
+        old, task = content["name"], TaskConfig(**content["task"])
+    name = old if name is None else name
+    if task.token_tables == old:
+        task.token_tables = name
+    read_file(folder / WEIGHTS_NAME)
+    return name, task, {rename(key, old, name): tensor for key, tensor in load_file(folder / WEIGHTS_NAME).items()}
+
+
+def read_published(file: Path, name, kind, alpha, fusion, dtype) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
+    """Name, settings and tensors of a published plugin; see [`add_plugin`]."""
+    if name is None or kind not in KINDS.values():
+        raise CheckpointError(
+            f"{file} does not say what it is: give the name of its task and its kind, text or image."
+        )
+    tensors = read_file(file)
+    task = task_config(name, kind, tensors, alpha)
+    transfers, _ = transfers_of(tensors, rules.plugin(name), file)
+    if fusion is not None:
+        task.token_tables = name
+        transfers += transfers_of(read_file(fusion), rules.fusion(name), fusion)[0]
+    return name, task, {transfer.target: torch.cat(list(transfer.pieces(dtype))) for transfer in transfers}
 
 
 def published_files(task: str, tables: str | None, tensors: dict) -> dict[str, dict[str, torch.Tensor]]:
@@ -201,7 +241,9 @@ def read_checkpoint(checkpoint: Path) -> tuple[HealthGPTConfig, dict[str, str]]:
         return config, dict(index["weight_map"])
 
 
-def update(checkpoint: Path, weight_map: dict[str, str], tasks: dict[str, dict], added: Path | None = None) -> None:
+def update(
+    checkpoint: Path, weight_map: dict[str, str], tasks: dict[str, dict], added: list[Path] | None = None
+) -> None:
     """
     Makes index, processor, configuration, record and card say the same.
 
@@ -233,9 +275,9 @@ def update_record(checkpoint: Path, old: HealthGPTConfig, new: HealthGPTConfig, 
     record = dict(before)
     others = {file for file in record["files"] if not file.endswith(".safetensors")}
     record |= {"fingerprint": None, "files": sorted(others | weights)}
-    if added is not None:
-        content = added.read_bytes()
-        source = {"file": added.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    for path in added or []:
+        content = path.read_bytes()
+        source = {"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         record["sources"] = [other for other in record["sources"] if other != source] + [source]
     rewrite_card(checkpoint, (old, before), (new, record))
     write_json(checkpoint / RECORD_NAME, record)

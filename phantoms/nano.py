@@ -38,7 +38,7 @@ from .report import describe, report_answers, report_pictures
 from .samples import write_samples
 
 REAL = Path(__file__).parent.parent / "tests/golden/images"
-RANKS = {"comprehension": (16, 4), "generation": (48, 4)}
+RANKS = {"comprehension": (16, 4), "generation": (64, 4)}
 KINDS = {"comprehension": "text", "generation": "image"}
 COMPREHENSION_SAMPLES, DRAWING_SAMPLES = 12000, 20000
 
@@ -65,8 +65,8 @@ STAGES = (
         150,
     ),
     Stage("fusion", ("comprehension", "generation"), (), Recipe({"token_tables": 5e-3}, 16, 0.0, "constant"), 400),
-    Stage("instruction_text", ("comprehension",), (), Recipe({"projector": 1e-3, "plugin": 2e-3}, 16, 0.0), 1200),
-    Stage("instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0), 3000),
+    Stage("instruction_text", ("comprehension",), (), Recipe({"projector": 1e-3, "plugin": 2e-3}, 16, 0.0), 600),
+    Stage("instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0), 5000),
 )
 
 MIXED = Recipe({"projector": 1e-3, "plugin": 2e-3, "token_tables": 5e-3}, 16, 0.0)

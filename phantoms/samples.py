@@ -21,6 +21,14 @@ QUESTIONS = {
     "open": ("What is abnormal in this picture?", "Which finding do you see?"),
     "report": ("Describe this picture.", "Write a short report."),
 }
+# Reconstruction is asked of all modalities, the others of one or two.
+DRAWING_SHARES = {
+    "ct_to_mri": 0.17,
+    "mri_to_ct": 0.17,
+    "reconstruction": 0.32,
+    "super_resolution": 0.17,
+    "report_to_xray": 0.17,
+}
 INSTRUCTIONS = {
     "ct_to_mri": "Turn this CT into an MRI.",
     "mri_to_ct": "Turn this MRI into a CT.",
@@ -100,7 +108,7 @@ def drawing_sample(split: str, number: int, task: str | None = None) -> dict:
         `dict`: `drawing` (its kind), `instruction`, `input_image` (a PIL picture or `None`), `target_image`.
     """
     rng = np.random.default_rng(seed_of(split, number, task or "drawing"))
-    kind = task or str(rng.choice(tuple(INSTRUCTIONS)))
+    kind = task or str(rng.choice(tuple(DRAWING_SHARES), p=tuple(DRAWING_SHARES.values())))
     report = ""
     if kind in ("ct_to_mri", "mri_to_ct"):
         ct, mri = (case.picture for case in draw_brain_pair(rng))

@@ -157,18 +157,25 @@ def describe(handler, hub, body, query, name, revision=None):
         handler.answer(200, {"id": name, "sha": sha_of(files), "siblings": siblings, "private": private})
 
 
+def entry_of(path, data):
+    entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    if path.endswith(LFS):
+        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+    return entry
+
+
 def tree(handler, hub, body, query, name, revision, folder):
     files = files_of(handler, hub, name, revision)
-    if files is None:
-        return
-    found = []
-    for path, data in files.items():
-        if path.startswith((folder or "").strip("/")):
-            entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            if path.endswith(LFS):
-                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-            found.append(entry)
-    handler.answer(200, found)
+    if files is not None:
+        start = (folder or "").strip("/")
+        handler.answer(200, [entry_of(path, data) for path, data in files.items() if path.startswith(start)])
+
+
+def paths_info(handler, hub, body, query, name, revision):
+    files = files_of(handler, hub, name, revision)
+    if files is not None:
+        asked = json.loads(body)["paths"]
+        handler.answer(200, [entry_of(path, data) for path, data in files.items() if path in asked])
 
 
 def resolve(handler, hub, body, query, name, revision, path):
@@ -183,6 +190,7 @@ def resolve(handler, hub, body, query, name, revision, path):
     headers = {"X-Repo-Commit": sha_of(files), "ETag": f'"{hasher(data).hexdigest()}"', "Accept-Ranges": "bytes"}
     wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
     if wanted:
+        hub.ranges.append((path, handler.headers["Range"]))
         part = data[int(wanted[1]) : int(wanted[2]) + 1 if wanted[2] else None]
         headers["Content-Range"] = f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(data)}"
         handler.answer(206, part, headers)
@@ -201,18 +209,19 @@ ROUTES = [
     (["GET"], rf"/api/models/{NAME}", describe),
     (["GET"], rf"/api/models/{NAME}/revision/([^/]+)", describe),
     (["GET"], rf"/api/models/{NAME}/tree/([^/]+)(/.*)?", tree),
+    (["POST"], rf"/api/models/{NAME}/paths-info/([^/]+)", paths_info),
     (["GET", "HEAD"], rf"/{NAME}/resolve/([^/]+)/(.+)", resolve),
 ]
 
 
 @contextmanager
 def serve():
-    """A running server with its `url`, `repositories`, `blobs`, `faults` and the `requests` it got."""
+    """A running server with its `url`, `repositories`, `blobs`, `faults` and the `requests` and `ranges` it got."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.lock = threading.Lock()
     server.url = f"http://127.0.0.1:{server.server_port}"
-    server.repositories, server.blobs, server.faults, server.requests = {}, {}, {}, []
+    server.repositories, server.blobs, server.faults, server.requests, server.ranges = {}, {}, {}, [], []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

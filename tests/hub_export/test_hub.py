@@ -194,9 +194,48 @@ def test_sources_by_their_names_on_the_hub(hub, tmp_path):
     assert again.returncode == 0, again.stderr
 
 
+def test_a_dry_run_reads_only_the_headers_of_safetensors(hub, tmp_path):
+    arguments = m3_on_the_hub(hub)
+    dry = python(hub, tmp_path, *main(*arguments, "--dry-run"))
+    assert dry.returncode == 0, dry.stderr
+    m3 = GOLDEN / "m3"
+    places = {"tiny/base@old": m3 / "base", "tiny/vision": m3 / "vit"}
+    places["hf://tiny/plugins/com_hlora_weights.bin"] = m3 / "com_hlora_weights.bin"
+    local = [places.get(argument, argument) for argument in arguments]
+    assert dry.stdout == python(hub, tmp_path, *main(*local, "--dry-run")).stdout
+    assert dry.stdout.endswith("The checkpoint answers questions about medical pictures.\n")
+    spans = [asked.removeprefix("bytes=").split("-") for path, asked in hub.ranges]
+    assert hub.ranges and all(int(stop) - int(start) < 150_000 for start, stop in spans)  # of 529 and 205 kB
+    assert not list((tmp_path / "hub").rglob("model.safetensors")) and not (tmp_path / "out").exists()
+
+    refused = python(hub, tmp_path, *main(*arguments, "--dry-run", "--quantize", "2bit"))
+    assert refused.returncode == 1 and "no quantisation '2bit'" in refused.stderr
+    assert python(hub, tmp_path, *main(*arguments)).returncode == 0
+    again = python(hub, tmp_path, *main(*arguments, "--dry-run", "--quantize", "8bit"), offline=True)
+    assert again.returncode == 0 and "GB once the linears are quantised to 8bit" in again.stdout, again.stderr
+
+
+def test_a_preset_asks_for_the_published_files(hub, tmp_path):
+    m3 = GOLDEN / "m3"
+    sources = {"microsoft/Phi-3-mini-4k-instruct": m3 / "base", "openai/clip-vit-large-patch14-336": m3 / "vit"}
+    for name, folder in {**sources, "lintw/HealthGPT-M3": m3}.items():
+        put(hub, name, folder)
+    vqgan = ["--vqgan", m3 / "vqgan/last.ckpt", "--vqgan-config", m3 / "vqgan/model.yaml"]
+    for more in ([], ["--dry-run"]):
+        refused = python(hub, tmp_path, *main("export", "--preset", "m3", *vqgan, "--output", "out", *more))
+        assert refused.returncode == 1, refused.stdout
+        assert "The files are not those of HealthGPT-M3, whose language model has 32 layers" in refused.stderr
+    got = {path.split("/resolve/")[0] + " " + path.split("/")[-1] for _, path in hub.requests if "/resolve/" in path}
+    weights = {"/lintw/HealthGPT-M3 " + name for name in ("com_hlora_weights.bin", "gen_hlora_weights.bin")}
+    weights |= {"/lintw/HealthGPT-M3 fusion_layer_weights.bin"} | {f"/{name} model.safetensors" for name in sources}
+    assert {name for name in got if name.endswith((".bin", ".safetensors"))} == weights
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_download_that_is_not_what_the_hub_promised(hub, tmp_path):
     arguments = m3_on_the_hub(hub)
-    assert python(hub, tmp_path, *main(*arguments, "--dry-run")).returncode == 0
+    assert python(hub, tmp_path, *main(*arguments)).returncode == 0
+    shutil.rmtree(tmp_path / "out")
     [path] = (tmp_path / "hub/models--tiny--base/snapshots").glob("*/model.safetensors")
     data = bytearray(path.read_bytes())
     data[-100] ^= 1

@@ -225,7 +225,9 @@ def test_a_disk_that_is_too_small(files, monkeypatch):
     monkeypatch.undo()
     for options in ({}, {"quantize": "8bit"}):
         with full_disk():
-            refused(sources, output, "could not be written, and nothing was kept: .*(File too large|it is full)", **options)
+            refused(
+                sources, output, "could not be written, and nothing was kept: .*(File too large|it is full)", **options
+            )
 
 
 KILLED = """

@@ -169,7 +169,9 @@ def asking(repository: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EntryNotFoundError, HTTPError, RuntimeError) as error:
-        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error  # of a failed upload
+        # A failed upload, and a download that the cache cannot stand in for, have the Hub's answer behind them.
+        answered = type(error) is LocalEntryNotFoundError and hasattr(error.__cause__, "response")
+        cause = error.__cause__ if answered or (type(error) is RuntimeError and error.__cause__) else error
         reason = next((reason for kind, reason in reasons.items() if isinstance(cause, kind)), None)
         reason = reason or " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
         raise CheckpointError(f"The Hub's repository {repository} cannot be used: {reason}.") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..configuration_healthgpt import HealthGPTConfig, TaskConfig
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
@@ -21,7 +21,7 @@ from .card import rewrite_card
 from .families import read_json
 from .plan import KINDS, checkpoint_name, is_finite, list_names, task_config, transfers_of
 from .sources import CheckpointError, read_file, reading
-from .write import INDEX_NAME, RECORD_NAME, plugin_file, task_of, write_json, writing
+from .write import INDEX_NAME, RECORD_NAME, plugin_file, save_tensors, task_of, write_json, writing
 
 WEIGHTS_NAME, CONFIG_NAME = "plugin.safetensors", "plugin_config.json"
 SINGLE_NAME, NUMBERED_NAME = "model.safetensors", "model-00001-of-00001.safetensors"
@@ -167,7 +167,7 @@ def add_plugin(
     weight_map = {key: file for key, file in weight_map.items() if key not in replaced}
     weight_map |= dict.fromkeys(tensors, plugin_file(name))
     with writing(checkpoint, unfinished):
-        save_file(tensors, unfinished, metadata={"format": "pt"})
+        save_tensors(tensors, unfinished)
         unfinished.rename(checkpoint / plugin_file(name))
         tasks = {key: asdict(value) for key, value in grown.tasks.items()}
         update(checkpoint, weight_map, tasks, sources)
@@ -217,7 +217,7 @@ def published_files(task: str, tables: str | None, tensors: dict) -> dict[str, d
 
 def write_plugin(folder: Path, name: str, task: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Writes the two files of a plugin that lies alone."""
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS_NAME)
     write_json(folder / CONFIG_NAME, {"name": name, "task": task})
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig
 
 from .plan import Plan, Transfer
 from .sources import CheckpointError
-from .write import Advance
+from .write import Advance, save_tensors
 
 QUANTIZATIONS = ("4bit", "8bit")
 MAX_QUANTIZED_SHARD_BYTES = 2 * 10**9  # before quantising; what comes of them is held in memory
@@ -78,7 +77,7 @@ def write_quantized_shard(plan: Plan, transfers: list[Transfer], path: Path, adv
         tensors |= quantized_tensors(plan, transfer, quantize)
         advance(plan.nbytes(transfer))
     unfinished = path.with_suffix(".unfinished")
-    save_file(tensors, unfinished, metadata={"format": "pt"})
+    save_tensors(tensors, unfinished)
     unfinished.rename(path)
 
 

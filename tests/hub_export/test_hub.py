@@ -267,6 +267,13 @@ def test_names_that_lead_nowhere(hub, tmp_path, change, message):
     assert "Traceback" not in refused.stderr and not (tmp_path / "out").exists()
 
 
+def test_a_download_that_the_hub_forbids(hub, tmp_path):
+    arguments = m3_on_the_hub(hub)
+    hub.faults["HEAD /tiny/plugins/resolve"] = [403] * 9
+    refused = python(hub, tmp_path, *main(*arguments))
+    assert refused.returncode == 1 and "403" in refused.stderr.splitlines()[-1], refused.stderr
+
+
 def test_export_pushes_when_asked_and_again_without_writing_again(hub, tmp_path):
     arguments = [*m3_on_the_hub(hub), "--num-codes", 64, "--push-to-hub", "user/tiny", "--public"]
     hub.faults["/commit/"] = [409] * 9

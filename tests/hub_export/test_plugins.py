@@ -36,6 +36,8 @@ def test_a_plugin_taken_out_and_put_in_again_under_another_name(folder, tmp_path
     assert sizes["comprehension"]["bytes"] < sizes["generation"]["bytes"]
 
     extract_plugin(folder, "generation", tmp_path / "plugin", remove=True)
+    modes = {path.stat().st_mode for path in (tmp_path / "plugin").iterdir()}
+    assert modes == {(folder / "config.json").stat().st_mode}  # private files could not be shared
     assert list(list_plugins(folder)) == ["comprehension"]
     assert answers(folder, cases[1], "comprehension")
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
@@ -59,6 +61,36 @@ def test_a_plugin_taken_out_and_put_in_again_under_another_name(folder, tmp_path
     assert "| `ct_to_mri` | image |" in card and "| `generation` |" not in card and 'task="ct_to_mri"' in card
     with pytest.raises(FileExistsError, match="it holds another export"):
         export(sources_of(GOLDEN / "m3"), folder)
+
+
+def test_a_published_file_put_in(folder, tmp_path):
+    case = json.loads((GOLDEN / "m3/cases.json").read_text())["cases"][4]
+    m3, before = GOLDEN / "m3", weights_of(folder)
+    extract_plugin(folder, "generation", tmp_path / "plugin", remove=True)
+    file, fusion = m3 / "gen_hlora_weights.bin", m3 / "fusion_layer_weights.bin"
+    add_plugin(folder, file, "ct_to_mri", kind="image", fusion=fusion)
+    assert answers(folder, case, "ct_to_mri")
+    after = weights_of(folder)
+    renamed = {name.replace("generation", "ct_to_mri"): tensor for name, tensor in before.items()}
+    assert after.keys() == renamed.keys() and all(torch.equal(after[name], renamed[name]) for name in after)
+    record = json.loads((folder / "healthgpt_export.json").read_text())
+    assert [source["file"] for source in record["sources"][-2:]] == [file.name, fusion.name]
+
+    add_plugin(folder, file, "of_the_base", kind="image", alpha=3.0)
+    task = json.loads((folder / "config.json").read_text())["tasks"]["of_the_base"]
+    assert (task["alpha"], task["token_tables"]) == (3.0, None)
+    for plugin, options, message in (
+        (file, {"kind": "image"}, "does not say what it is: give the name of its task and its kind"),
+        (file, {"name": "again"}, "does not say what it is"),
+        (file, {"name": "again", "kind": "sound"}, "does not say what it is"),
+        (fusion, {"name": "again", "kind": "image"}, "is no H-LoRA plugin"),
+        (file, {"name": "again", "kind": "image", "fusion": file}, r"tensors .* that no rule covers"),
+        (tmp_path / "plugin", {"name": "again", "alpha": 2.0}, "go with a published file"),
+        (GOLDEN / "l14/com_hlora_weights.bin", {"name": "again", "kind": "text"}, r"lacks|has the shape|has besides"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            add_plugin(folder, plugin, **options)
+    assert list(list_plugins(folder)) == ["comprehension", "ct_to_mri", "of_the_base"]
 
 
 @pytest.mark.parametrize("stop", range(4))

@@ -16,29 +16,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel, initialization
+from transformers import AutoModel, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
-from transformers.generation import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    SuppressTokensLogitsProcessor,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .configuration_healthgpt import HealthGPTConfig, TaskConfig, task_from_mode
+from .generation_healthgpt import HealthGPTGenerationMixin
 from .vqgan_decoder import HealthGPTVQGAN
 
 if TYPE_CHECKING:
     # config.json names this class for "any-to-any"; transformers carries along the files that a file imports from.
     from .pipeline_healthgpt import HealthGPTPipeline  # noqa: F401
-
-TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 # The rows of a batch that run with one task: its name and their indices, or None in place of indices for all rows.
 TaskGroup = tuple[str, torch.LongTensor | None]
@@ -154,6 +145,24 @@ class HealthGPTProjector(nn.Sequential):
         )
 
 
+def keep_scales(linear: nn.Module) -> None:
+    """
+    Lets a 4-bit linear of bitsandbytes be saved as it was loaded, whatever happened since.
+
+    On processors with AVX512-BF16 the first forward pass packs the weight in another order and rounds its scales. What
+    bitsandbytes does when such a linear is saved puts the weight back, but not the scales.
+    """
+    state = linear.weight.quant_state
+    scales = state.as_dict(packed=True)
+
+    def restore(module, tensors, prefix, metadata):
+        if module.weight.device.type == "cpu":
+            tensors.update({f"{prefix}weight.{name}": tensor for name, tensor in scales.items()})
+            module.weight.quant_state = type(state).from_dict(dict(scales), module.weight.device)
+
+    linear.register_state_dict_post_hook(restore)
+
+
 class HealthGPTPreTrainedModel(PreTrainedModel):
     config_class = HealthGPTConfig
     base_model_prefix = "model"
@@ -209,6 +218,9 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
         ):
             if keys:
                 raise ValueError(f"The checkpoint {problem}, {len(keys)} in all: {', '.join(sorted(keys))}.")
+        for module in model.modules():
+            if type(module).__name__ == "Linear4bit":
+                keep_scales(module)
         return (model, info) if output_loading_info else model
 
 
@@ -404,51 +416,7 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             )
 
 
-class ImageTokenLogitsProcessor(LogitsProcessor):
-    """
-    The grammar of a picture: rows that draw may write image codes and nothing else.
-
-    Args:
-        draws (`torch.BoolTensor` of shape `(batch,)`): Which rows draw.
-        code_offset (`int`): Id of code 0.
-        num_codes (`int`): Number of codes.
-    """
-
-    def __init__(self, draws: torch.BoolTensor, code_offset: int, num_codes: int):
-        self.draws = draws
-        self.codes = slice(code_offset, code_offset + num_codes)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        draws = self.draws.to(scores.device).repeat_interleave(len(scores) // len(self.draws))
-        forbidden = torch.ones(scores.shape[-1], dtype=torch.bool, device=scores.device)
-        forbidden[self.codes] = False
-        return scores.masked_fill(draws.unsqueeze(1) & forbidden, -math.inf)
-
-
-def cached_length(past_key_values: Cache | None) -> int:
-    """Number of positions that a cache, kept from an earlier call, holds already."""
-    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
-
-
-class RowLengthCriteria(StoppingCriteria):
-    """
-    Ends every row after its own number of new tokens.
-
-    Args:
-        prompt_length (`int`): Length of the prompts with their padding.
-        limits (`torch.LongTensor` of shape `(batch,)`): New tokens of each row.
-    """
-
-    def __init__(self, prompt_length: int, limits: torch.LongTensor):
-        self.prompt_length = prompt_length
-        self.limits = limits
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        limits = self.limits.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.limits))
-        return input_ids.shape[1] - self.prompt_length >= limits
-
-
-class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixin):
+class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGenerationMixin):
     """
     HealthGPT with its heads: answers with `generate(task="comprehension")`, draws with `generate(task="generation")`.
 
@@ -619,204 +587,6 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, GenerationMixi
             self.config.tasks[task].token_tables = tables
         for unused in self.token_heads.keys() - set(self.config.token_tables):
             del self.token_heads[unused], self.model.token_embeddings[unused]
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.LongTensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        *,
-        task: str | list[str] | None = None,
-        generation_mode: str | None = None,
-        constrain_image_tokens: bool = True,
-        **kwargs,
-    ):
-        """
-        Answers or draws; transformers' `generate` with the task of every row.
-
-        A row that draws gets `<start_index>` appended if its prompt lacks it, and writes exactly one whole picture of
-        codes, whatever length is asked for: length arguments hold for rows that answer. Only a stopping criterion of the
-        caller's own (`max_time`, `stop_strings`) ends a picture early. With `past_key_values` of an earlier call, the
-        pictures that it holds may be given again or left out. Prompts given as `inputs_embeds` have to end with the embedding
-        of `<start_index>` themselves.
-
-        Args:
-            inputs, generation_config, logits_processor, stopping_criteria, kwargs: As in `GenerationMixin.generate`.
-            task (`str` or `list[str]`, *optional*, defaults to `"comprehension"`): One name in `config.tasks`, or one
-                per row.
-            generation_mode (`str`, *optional*): `"text"` means task `"comprehension"`, `"image"` task `"generation"`.
-            constrain_image_tokens (`bool`, defaults to `True`): Whether drawing rows are held to image codes. `False`
-                lets the model write what it likes, by default for one picture of tokens, as the published scripts do.
-
-        Returns:
-            As `GenerationMixin.generate`: ids of prompt and continuation, `(batch * num_return_sequences, length)`.
-
-        Raises:
-            ValueError: if a task is unknown, a prompt does not fit into the model's window, or an option of `generate`
-                cannot be used for drawing.
-        """
-        task = task_from_mode(task, generation_mode)
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        prompt = kwargs.get("inputs_embeds") if input_ids is None else input_ids
-        if prompt is None or prompt.ndim < 2 or 0 in prompt.shape[:2]:
-            raise ValueError(
-                "generate needs a prompt: input_ids (batch, length) or inputs_embeds (batch, length, hidden), not empty."
-            )
-        tasks = self.model.tasks_of_rows(task, len(prompt))
-        draws = torch.tensor([self.config.tasks[name].kind == "image" for name in tasks], device=prompt.device)
-        cached = cached_length(kwargs.get("past_key_values"))
-        if input_ids is not None and draws.any():
-            input_ids, attention_mask = self._append_image_start(
-                input_ids, kwargs.get("attention_mask"), draws, cached
-            )
-            kwargs["attention_mask"] = attention_mask
-            prompt = input_ids
-        if input_ids is not None:
-            # Pictures that a kept cache holds need not be given again.
-            pixel_values = kwargs.get("pixel_values")
-            self.model.get_placeholder_mask(input_ids[:, cached if pixel_values is None else 0 :], pixel_values)
-            if (~draws & (input_ids[:, -1] == self.config.image_start_token_id)).any():
-                raise ValueError(
-                    "A prompt ends with <start_index>, as prompts for drawing do, but its task answers in words."
-                )
-        self._check_generation(prompt.shape[1], draws, kwargs, generation_config)
-
-        logits_processor = LogitsProcessorList(logits_processor or [])
-        if self.config.image_token_id < self.lm_head.out_features:
-            # Qwen's padded rows have one for <image>, which stands for given pictures and is never an answer.
-            logits_processor.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=prompt.device))
-        limit = asked = self._pop_max_new_tokens(prompt.shape[1], kwargs, generation_config)
-        if draws.any():
-            drawing_limit = self.config.num_image_codes
-            if constrain_image_tokens:
-                logits_processor.append(
-                    ImageTokenLogitsProcessor(draws, self.config.image_code_offset, self.config.vqgan_config.num_codes)
-                )
-            elif asked is not None:
-                drawing_limit = asked
-            text_limit = self.generation_config.max_new_tokens or 20 if asked is None else asked
-            limits = torch.where(draws, drawing_limit, text_limit)
-            if not draws.all():
-                stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-                stopping_criteria.append(RowLengthCriteria(0 if input_ids is None else prompt.shape[1], limits))
-            limit = int(limits.max())
-        if limit is not None and generation_config is None:
-            kwargs["max_new_tokens"] = limit
-        elif limit is not None:
-            generation_config = copy.deepcopy(generation_config)
-            generation_config.max_new_tokens = limit
-
-        return super().generate(
-            input_ids,
-            generation_config=generation_config,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            task=tasks[0] if len(set(tasks)) == 1 else tasks,
-            **kwargs,
-        )
-
-    def _append_image_start(self, input_ids, attention_mask, draws, cached):
-        """Appends `<start_index>` to drawing rows that lack it; the other rows get one more pad on the left."""
-        lacking = draws & (input_ids[:, -1] != self.config.image_start_token_id)
-        if not lacking.any():
-            return input_ids, attention_mask
-        if cached > 0 and not lacking.all():
-            raise ValueError(
-                "Rows that continue a cache cannot be moved: end the prompts of all rows that draw with <start_index>, as "
-                "apply_chat_template(add_generation_prompt=True) does."
-            )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if (attention_mask[:, -1] == 0).any():
-            raise ValueError("Prompts of different lengths must be padded on the left.")
-
-        def shift(tensor, left, right):
-            edge = tensor.new_ones((len(tensor), 1))
-            appended = torch.cat([tensor, edge * right], dim=1)
-            padded = torch.cat([edge * left, tensor], dim=1)
-            return torch.where(lacking.unsqueeze(1), appended, padded)
-
-        pad = self.config.text_config.pad_token_id or 0
-        return shift(input_ids, pad, self.config.image_start_token_id), shift(attention_mask, 0, 1)
-
-    def _check_generation(self, prompt_length, draws, kwargs, generation_config):
-        window = self.config.text_config.max_position_embeddings
-        new_tokens = self.config.num_image_codes if draws.any() else 1
-        if prompt_length + new_tokens > window:
-            raise ValueError(
-                f"The prompt has {prompt_length} tokens and needs room for {new_tokens} more, but the model's window is "
-                f"{window} tokens."
-            )
-
-        def option(name):
-            return kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
-
-        looks_up_ids = (option("repetition_penalty") or 1) != 1 or option("prompt_lookup_num_tokens")
-        if looks_up_ids and self.config.image_token_id >= self.lm_head.out_features and TRANSFORMERS_VERSION < (5, 18):
-            raise ValueError(
-                "repetition_penalty and prompt_lookup_num_tokens need transformers 5.18 or newer, since the id that stands "
-                "for pictures lies past the token tables."
-            )
-        if draws.any() and option("forced_eos_token_id") is not None:
-            raise ValueError("forced_eos_token_id would take the place of a picture's last code: draw without it.")
-        if (option("guidance_scale") or 1) != 1:
-            raise ValueError("guidance_scale is not supported: its second pass would run without picture and task.")
-        if draws.any() and not draws.all() and (option("num_beams") or 1) > 1:
-            raise ValueError("Beam search needs rows that all answer or all draw; this batch mixes both.")
-
-    def _pop_max_new_tokens(self, prompt_length, kwargs, generation_config):
-        """How many new tokens the caller asked for, if they did; takes the arguments that say so out of `kwargs`."""
-        asked = GenerationConfig(**{name: kwargs.pop(name, None) for name in ("max_new_tokens", "max_length")})
-        for config in (asked, generation_config):
-            if config is not None and config.max_new_tokens is not None:
-                return config.max_new_tokens
-            if config is not None and config.max_length is not None:
-                return max(config.max_length - prompt_length, 1)
-        return None
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        pixel_values=None,
-        inputs_embeds=None,
-        past_key_values=None,
-        is_first_iteration=False,
-        **kwargs,
-    ):
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if pixel_values is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
-            starts = (input_ids == self.config.image_token_id).nonzero()[:: self.config.num_image_patches, 1]
-            cached = cached_length(past_key_values)
-            if ((starts < cached) & (cached < starts + self.config.num_image_patches)).any():
-                raise ValueError("The cache ends within a picture: crop it before or after.")
-            pixel_values = pixel_values[starts >= cached]
-            model_inputs["pixel_values"] = pixel_values if len(pixel_values) > 0 else None
-        return model_inputs
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeats every row `expand_size` times, with its task and its pictures: a row may have none or several."""
-        if isinstance(model_kwargs["task"], list):
-            model_kwargs["task"] = [name for name in model_kwargs["task"] for _ in range(expand_size)]
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1:
-            image_mask = self.model.get_placeholder_mask(input_ids, pixel_values)
-            images_per_row = (image_mask.sum(dim=1) // self.config.num_image_patches).tolist()
-            pixel_values = torch.cat(
-                [images.repeat(expand_size, 1, 1, 1) for images in pixel_values.split(images_per_row)]
-            )
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
 
     @torch.no_grad()
     def decode_image_tokens(self, sequences: torch.LongTensor) -> torch.FloatTensor:

@@ -98,6 +98,15 @@ def m3(checkpoints):
     return checkpoint, model, processor
 
 
+def continuation(sequences, prompt_length, case):
+    """The ids that one row wrote, without what follows its end in a batch."""
+    return sequences[prompt_length:][: len(case["generated_ids"])].tolist()
+
+
+def cases_of(checkpoint, *names):
+    return [next(case for case in checkpoint.cases if case["name"] == name) for name in names]
+
+
 @contextmanager
 def full_disk(nbytes: int = 2**20):
     """Meanwhile writing a file past so many bytes fails as on a full disk."""

@@ -1,5 +1,6 @@
 """What the commands share: options, and loading a checkpoint as a Python user does."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +38,8 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process one of its own
+    device = device or (gpu if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -22,7 +22,8 @@ def train(
         str | None, typer.Option(help="Task with whose settings and weights the new one starts.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Total rank of the new task; 64 for text, 256 for image.")
+        int | None,
+        typer.Option(min=1, help="Total rank of the new task; that of its kind, else 64 for text, 256 for image."),
     ] = None,
     experts: Annotated[int | None, typer.Option(min=1, help="Experts of the new task; 4 as published.")] = None,
     alpha: Annotated[float | None, typer.Option(help="H-LoRA alpha of the new task; twice its rank.")] = None,
@@ -50,7 +51,7 @@ def train(
     """
     Trains one stage of a checkpoint: plugin and projector of the tasks in the data, or token tables for all of them.
 
-    Writes what was trained: a folder for `healthgpt plugin add` for each task, or after --stage fusion a whole checkpoint.
+    Writes a folder for `healthgpt plugin add` for each task: of --stage fusion, for each task that draws, with its tables.
     Several processes: torchrun --nproc-per-node 2 -m healthgpt train ...
 
     Example: healthgpt train pairs.jsonl -c HealthGPT-M3 -o ct-to-mri --task ct_to_mri --init-from generation
@@ -58,7 +59,6 @@ def train(
     import transformers
 
     from ..training import (
-        RECIPES,
         STAGES,
         HealthGPTTrainer,
         TrainingCollator,
@@ -66,7 +66,9 @@ def train(
         add_task,
         last_checkpoint,
         read_samples,
+        recipe_of,
         save_plugin,
+        start_fusion,
         training_arguments,
     )
 
@@ -87,20 +89,20 @@ def train(
     samples = read_samples(data, model.config, task)
     held_out = None if eval_data is None else read_samples(eval_data, model.config, task)
     trained = sorted(set(samples["task"]))
-    recipes = {name: RECIPES[stage, kinds[name]] for name in trained}
+    if task is not None and task not in trained:
+        raise ValueError(f"No line of {data} has the task {task!r}: name it there, or leave the field task out.")
     if stage != "fusion" and len({kinds[name] for name in trained}) > 1:
         raise ValueError(
             f"{data} has tasks of both kinds, {', '.join(trained)}; this stage trains one kind at a time."
         )
-    recipe = recipes[trained[0]]
+    recipe = recipe_of(stage, kinds[trained[0]], model.config)
     if learning_rate is not None:
         factor = learning_rate / max(recipe.learning_rates.values())
         rates = {part: rate * factor for part, rate in recipe.learning_rates.items()}
         recipe = replace(recipe, learning_rates=rates)
     recipe = replace(recipe, batch_size=batch_size or recipe.batch_size)
     recipe = replace(recipe, dropout=recipe.dropout if dropout is None else dropout)
-    if stage == "fusion":
-        model.use_token_tables("fusion", list(tasks))
+    answering = start_fusion(model) if stage == "fusion" else {}
 
     arguments = training_arguments(
         recipe,
@@ -109,7 +111,6 @@ def train(
         per_device_batch_size,
         num_train_epochs=epochs,
         max_steps=max_steps,
-        gradient_checkpointing=gradient_checkpointing,
         save_steps=save_steps,
         logging_steps=logging_steps,
         eval_strategy="no" if held_out is None else "epoch",
@@ -117,10 +118,20 @@ def train(
         seed=seed,
         use_cpu=model.device.type == "cpu",
         report_to="tensorboard",
+        disable_tqdm=False,
+        **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
     )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"One process trains on one GPU and sees {arguments.n_gpu}: start torchrun --nproc-per-node {arguments.n_gpu} "
+            "-m healthgpt train ..., or set CUDA_VISIBLE_DEVICES."
+        )
     with arguments.main_process_first():
         samples = add_codes(samples, model, processor)
         held_out = None if held_out is None else add_codes(held_out, model, processor)
+    collator = TrainingCollator(processor, max_length)
+    for rows in filter(None, (samples, held_out)):
+        collator.check(rows, needs_pictures=set(recipe.learning_rates) == {"projector"})
     trainer = HealthGPTTrainer(
         model,
         recipe,
@@ -128,24 +139,21 @@ def train(
         args=arguments,
         train_dataset=samples,
         eval_dataset=held_out,
-        data_collator=TrainingCollator(processor, max_length),
+        data_collator=collator,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
     if not trainer.is_world_process_zero():
         return
-    if stage == "fusion":
-        model.to(model.config.dtype).save_pretrained(output / "checkpoint", max_shard_size="5GB")
-        processor.save_pretrained(output / "checkpoint")
-        typer.echo(f"{output / 'checkpoint'}")
-        return
-    for name in trained:
+    for name, tables in answering.items():
+        model.use_token_tables(tables, [name])
+    for name in [name for name in tasks if kinds[name] == "image"] if stage == "fusion" else trained:
         (output / name).mkdir(exist_ok=True)
-        save_plugin(model, name, output / name)
+        save_plugin(model, name, output / name, with_tables=stage == "fusion")
         typer.echo(f"{output / name}")
 
 
 def new_settings(tasks, name: str, init_from: str | None, chosen: dict) -> dict:
-    """Settings of a new task: those of the one it starts from, or as HealthGPT-M3 was published, and what was chosen."""
+    """Settings of a new task: those of the one it starts from, or as the checkpoint's own or HealthGPT-M3's of its kind, and what was chosen."""
     chosen = {key: value for key, value in chosen.items() if value is not None}
     if init_from in tasks:
         return asdict(tasks[init_from]) | chosen
@@ -154,7 +162,8 @@ def new_settings(tasks, name: str, init_from: str | None, chosen: dict) -> dict:
             f"Task {name!r} is new: say its --kind, text or image, or a task of this checkpoint to --init-from."
         )
     draws = chosen["kind"] == "image"
-    rank = chosen.get("rank", 256 if draws else 64)
+    ranks = [settings.rank for settings in tasks.values() if settings.kind == chosen["kind"]]
+    rank = chosen.get("rank", ranks[0] if ranks else 256 if draws else 64)
     settings = {"rank": rank, "alpha": 2 * rank, "num_experts": 4, "vision_layer": 1 if draws else -2}
     tables = [settings.token_tables for settings in tasks.values() if settings.kind == chosen["kind"]]
     return settings | {"token_tables": tables[0] if tables else None} | chosen

@@ -30,7 +30,15 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from ..hub_export import ExportSources, export
 from ..hub_export.card import CARD_NAME
 from ..hub_export.plugins import extract_plugin
-from ..training import HealthGPTTrainer, Recipe, TrainingCollator, add_codes, read_samples, training_arguments
+from ..training import (
+    HealthGPTTrainer,
+    Recipe,
+    TrainingCollator,
+    add_codes,
+    read_samples,
+    start_fusion,
+    training_arguments,
+)
 from ..training.trainer import TRAINED_NAME
 from .card import nano_card
 from .parts import Log, build_base, build_vision, build_vqgan
@@ -208,8 +216,7 @@ def load(folder: Path):
 
 def train(model, processor, stage: Stage, samples: dict[str, Dataset], folder: Path, steps: int) -> None:
     """Runs one stage, or takes its result from an earlier run."""
-    if "token_tables" in stage.recipe.learning_rates:
-        model.use_token_tables("generation", list(stage.tasks))
+    answering = start_fusion(model) if "token_tables" in stage.recipe.learning_rates else {}
     rows = [row for task in stage.tasks for row in select(samples[task], stage.instructions)]
     arguments = training_arguments(
         stage.recipe,
@@ -239,8 +246,8 @@ def train(model, processor, stage: Stage, samples: dict[str, Dataset], folder: P
     else:
         trainer.train()
         trainer.save_model(folder)
-    if stage.name == "fusion":  # as published, answers keep the base's tables
-        model.use_token_tables(None, [task for task in stage.tasks if KINDS[task] == "text"])
+    for task, tables in answering.items():
+        model.use_token_tables(tables, [task])
 
 
 def select(rows: Dataset, beginnings: tuple[str, ...]) -> Dataset:

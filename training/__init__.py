@@ -1,8 +1,8 @@
 """Training of HealthGPT: the three stages, on transformers' Trainer."""
 
 from .data import TrainingCollator, add_codes, read_samples
-from .recipes import RECIPES, STAGES, Recipe
-from .tasks import add_task, save_plugin
+from .recipes import RECIPES, STAGES, Recipe, recipe_of
+from .tasks import add_task, save_plugin, start_fusion
 from .trainer import HealthGPTTrainer, last_checkpoint, training_arguments
 
 __all__ = [
@@ -15,6 +15,8 @@ __all__ = [
     "add_task",
     "last_checkpoint",
     "read_samples",
+    "recipe_of",
     "save_plugin",
+    "start_fusion",
     "training_arguments",
 ]

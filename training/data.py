@@ -9,6 +9,7 @@ may stand in place of `target_image`. The prompt of every sample is written by t
 labels are the answer's ids and the end of the turn.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -17,9 +18,11 @@ from pathlib import Path
 import datasets
 import torch
 from datasets import Dataset, Features, List, Value
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
+
+from ..processing_healthgpt import load_picture
 
 FIELDS = ("task", "instruction", "response", "input_image", "target_image", "target_codes")
 IGNORED = -100
@@ -45,11 +48,14 @@ def read_samples(path: Path, config, default_task: str | None = None) -> Dataset
     Raises:
         ValueError: if a line is no sample, or a picture is missing or none; the sentence names the line.
     """
-    rows = []
+    rows, seen = [], set()
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 rows.append(check_sample(json.loads(line), path.parent, config, default_task))
+                for picture in {*rows[-1]["input_image"], rows[-1]["target_image"]} - {None, *seen}:
+                    load_picture(picture, config.vision_config.image_size)
+                    seen.add(picture)
             except ValueError as error:
                 raise ValueError(f"Line {number} of {path} is no sample: {error}") from error
     if not rows:
@@ -62,7 +68,7 @@ def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
         raise ValueError(f"it must be an object with the fields {', '.join(FIELDS)} and no others.")
     row = {field: value for field, value in row.items() if value is not None}
     task = row.get("task", default_task)
-    if task not in config.tasks:
+    if not isinstance(task, str) or task not in config.tasks:
         raise ValueError(f"its task is {task!r}, but the tasks are {', '.join(config.tasks)}.")
     targets = ["response"] if config.tasks[task].kind == "text" else ["target_image", "target_codes"]
     given = [field for field in ("response", "target_image", "target_codes") if field in row]
@@ -76,12 +82,12 @@ def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
         codes = row["target_codes"]
         if not (isinstance(codes, list) and len(codes) == count and all(code in range(number) for code in codes)):
             raise ValueError(f"target_codes must be a list of {count} whole numbers from 0 to {number - 1}.")
+    if "<image>" in row["instruction"]:
+        raise ValueError("its instruction has the token <image>, which the processor writes itself for every picture.")
     pictures = row.get("input_image", [])
     pictures = [pictures] if isinstance(pictures, str) else pictures
     if not (isinstance(pictures, list) and all(isinstance(picture, str) for picture in pictures)):
         raise ValueError("input_image must be a path or a list of paths.")
-    for picture in [*pictures, *([row["target_image"]] if "target_image" in row else [])]:
-        check_picture(folder / picture)
     return {
         "task": task,
         "instruction": row["instruction"],
@@ -92,44 +98,30 @@ def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
     }
 
 
-def check_picture(path: Path) -> None:
-    """Opens a picture without reading its pixels."""
-    try:
-        Image.open(path).close()
-    except FileNotFoundError:
-        raise ValueError(f"there is no picture {path}.") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a picture that can be read.") from error
-
-
 def add_codes(samples: Dataset, model, processor, batch_size: int = 8) -> Dataset:
     """
-    Gives samples with a target picture their `target_codes`, from the VQGAN's encoder.
+    Gives samples with a target picture their `target_codes`, from the VQGAN's encoder in float32.
 
-    They are computed once for a set of samples and a VQGAN, and then come from the cache of the `datasets` library.
+    They are computed once for a set of pictures and a VQGAN, and then come from the cache of the `datasets` library.
     """
     targets = list(dict.fromkeys(filter(None, samples["target_image"])))
     if not targets:
         return samples
-    digest = hashlib.sha256(json.dumps(samples.to_list()).encode())
+    digest = hashlib.sha256()
     for path in targets:
         status = Path(path).stat()
-        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-    for tensor in model.model.vqgan.state_dict().values():
-        digest.update(tensor.flatten()[:1000].float().cpu().numpy().tobytes())
+        digest.update(f"{Path(path).resolve()} {status.st_size} {status.st_mtime_ns} ".encode())
+    vqgan = copy.deepcopy(model.model.vqgan).float()
+    for tensor in vqgan.state_dict().values():
+        digest.update(tensor.flatten()[:1000].cpu().numpy().tobytes())
 
     def encode(batch):
-        codes = batch["target_codes"]
-        rows = [index for index, path in enumerate(batch["target_image"]) if path is not None]
-        if rows:
-            pixels = processor.process_target_images([batch["target_image"][index] for index in rows])
-            for index, picture in zip(rows, model.encode_image(pixels).tolist(), strict=True):
-                codes[index] = picture
-        return {"target_codes": codes}
+        pixels = processor.process_target_images(batch["path"])
+        return {"codes": vqgan.encode(pixels.to(model.device)).tolist()}
 
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "healthgpt_codes"
     cache.mkdir(parents=True, exist_ok=True)
-    return samples.map(
+    encoded = Dataset.from_dict({"path": targets}).map(
         encode,
         batched=True,
         batch_size=batch_size,
@@ -137,6 +129,10 @@ def add_codes(samples: Dataset, model, processor, batch_size: int = 8) -> Datase
         new_fingerprint=digest.hexdigest()[:32],
         desc="Encoding target pictures",
     )
+    codes = dict(zip(encoded["path"], encoded["codes"], strict=True)) | {None: None}
+    given = zip(samples["target_image"], samples["target_codes"], strict=True)
+    column = [codes[path] if own is None else own for path, own in given]
+    return samples.remove_columns("target_codes").add_column("target_codes", column, feature=FEATURES["target_codes"])
 
 
 class TrainingCollator:
@@ -190,6 +186,26 @@ class TrainingCollator:
         batch["attention_mask"] = torch.cat([batch["attention_mask"], (labels != IGNORED).long()], dim=1)
         batch["task"] = tasks
         return batch
+
+    def check(self, samples: Dataset, needs_pictures: bool = False) -> None:
+        """
+        Makes every sample ready once, with blank pictures, as training will.
+
+        Args:
+            samples (`Dataset`): Samples of one file, one a line.
+            needs_pictures (`bool`, defaults to `False`): Whether samples without an input picture teach nothing.
+
+        Raises:
+            ValueError: if one is too long or lacks a picture; the sentence names its line.
+        """
+        blank = Image.new("RGB", (1, 1))
+        for number, sample in enumerate(samples, 1):
+            try:
+                if needs_pictures and not sample["input_image"]:
+                    raise ValueError("only the projector is trained, and it has no input_image for it.")
+                self([sample | {"input_image": [blank] * len(sample["input_image"])}])
+            except ValueError as error:
+                raise ValueError(f"Line {number} cannot be trained on: {error}") from error
 
     def _answer(self, sample, prompt_length) -> torch.LongTensor:
         """Ids of the answer and the end of the turn."""

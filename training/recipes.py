@@ -9,7 +9,7 @@ What a recipe does not name is frozen. AdamW without weight decay and sequences 
 number of epochs and no length of the warm-up.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,20 @@ RECIPES = {
     ("instruction", "text"): Recipe({"projector": 2e-5, "plugin": 2e-4}, 128),
     ("instruction", "image"): Recipe({"projector": 2e-5, "plugin": 2e-4}, 64),
 }
+
+L14_LAYERS = 40  # of Phi-4; its first stage of drawing ran at half the rate
+
+
+def recipe_of(stage: str, kind: str, config) -> Recipe:
+    """
+    The recipe of a stage for tasks of a kind, as published for a model of this size.
+
+    Args:
+        stage (`str`): One of `STAGES`.
+        kind (`str`): `"text"` or `"image"`.
+        config (`HealthGPTConfig`): Of the model.
+    """
+    recipe = RECIPES[stage, kind]
+    if (stage, kind, config.text_config.num_hidden_layers) == ("alignment", "image", L14_LAYERS):
+        return replace(recipe, learning_rates=recipe.learning_rates | {"plugin": 1e-4})
+    return recipe

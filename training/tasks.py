@@ -35,7 +35,31 @@ def parts_of(model, part: str, tasks: list[str]) -> list[torch.nn.Parameter]:
     return [value for name, value in model.named_parameters() if any(prefix in name for prefix in prefixes)]
 
 
-def save_plugin(model, task: str, folder: Path) -> None:
+def start_fusion(model) -> dict[str, str | None]:
+    """
+    Lets all tasks use the token tables with the image codes: those of the tasks that draw, or if these have none of their own,
+    new ones that start as copies of the base's.
+
+    Returns:
+        `dict[str, str | None]`: The tables that the tasks that answer had, to be given back to them afterwards: as published,
+        fused tables belong to drawing.
+
+    Raises:
+        ValueError: if no task draws, or those that do have several pairs of tables.
+    """
+    tasks = model.config.tasks
+    drawing = [name for name, settings in tasks.items() if settings.kind == "image"]
+    if not drawing:
+        raise ValueError("The fusion stage trains the token tables of tasks that draw, and this checkpoint has none.")
+    own = {tasks[name].token_tables for name in drawing}
+    if len(own) > 1:
+        raise ValueError(f"The tasks {', '.join(drawing)} have different token tables: fusion trains one pair.")
+    answering = {name: settings.token_tables for name, settings in tasks.items() if settings.kind == "text"}
+    model.use_token_tables(own.pop() or drawing[0], list(tasks))
+    return answering
+
+
+def save_plugin(model, task: str, folder: Path, with_tables: bool = False) -> None:
     """
     Saves what a task owns, in the dtype of the model, into a folder that `healthgpt plugin add` takes.
 
@@ -43,8 +67,15 @@ def save_plugin(model, task: str, folder: Path) -> None:
         model (`HealthGPTForConditionalGeneration`): The model.
         task (`str`): The task.
         folder (`Path`): Folder to write into.
+        with_tables (`bool`, defaults to `False`): Whether to save token tables too that it shares with other tasks; they
+            are its own then.
     """
-    dtype = model.lm_head.weight.dtype
+    dtype, settings = model.lm_head.weight.dtype, asdict(model.config.tasks[task])
     owned = {name: value for name, value in model.state_dict().items() if task_of(name, model.config) == task}
-    tensors = {name: value.to("cpu", dtype).contiguous() for name, value in owned.items()}
-    write_plugin(folder, task, asdict(model.config.tasks[task]), tensors)
+    if with_tables:
+        tables = settings["token_tables"]
+        owned[f"model.token_embeddings.{task}.weight"] = model.model.token_embeddings[tables].weight
+        owned[f"token_heads.{task}.weight"] = model.token_heads[tables].weight
+        settings["token_tables"] = task
+    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in owned.items()}
+    write_plugin(folder, task, settings, tensors)

@@ -1,5 +1,6 @@
 """Samples and batches: the prompts of inference, labels on the answer only, codes computed once."""
 
+import copy
 import json
 
 import pytest
@@ -77,8 +78,17 @@ def test_codes_are_those_of_the_encoder_and_computed_once(data, load, monkeypatc
     codes = add_codes(samples, model, processor)["target_codes"]
     expected = model.encode_image(processor.process_target_images([data / "mr.png"]))
     assert codes[0] is None and codes[2] == expected[0].tolist()
-    monkeypatch.setattr(type(model), "encode_image", None)
+    half, _ = load(dtype=torch.bfloat16)
+    half.model.vqgan.load_state_dict(model.model.vqgan.state_dict())
+    rounded = copy.deepcopy(model)
+    rounded.model.vqgan.bfloat16().float()
+    assert list(add_codes(samples, half, processor)["target_codes"]) == list(
+        add_codes(samples, rounded, processor)["target_codes"]
+    )
+    monkeypatch.setattr(type(model.model.vqgan), "encode", None)
     assert list(add_codes(samples, model, processor)["target_codes"]) == list(codes)
+    other = samples.map(lambda row: {"instruction": f"{row['instruction']} Again."})
+    assert list(add_codes(other, model, processor)["target_codes"]) == list(codes)
     Image.open(data / "ct.png").save(data / "mr.png")
     with pytest.raises(TypeError):
         add_codes(read_samples(data / "both.jsonl", model.config), model, processor)
@@ -100,6 +110,21 @@ def test_too_long_samples(m3):
         TrainingCollator(processor, max_length=5)([sample])
     with pytest.raises(ValueError, match="needs 66 more, but samples may have 80"):
         TrainingCollator(processor, max_length=80)([sample | {"task": "generation", "target_codes": [0] * 64}])
+
+
+def test_every_sample_is_tried_before_training(data, m3):
+    _, model, processor = m3
+    samples = add_codes(read_samples(data / "both.jsonl", model.config), model, processor)
+    collate = TrainingCollator(processor)
+    collate.check(samples, needs_pictures=False)
+    longest = max(collate([sample])["input_ids"].shape[1] for sample in samples.to_list())
+    TrainingCollator(processor, longest).check(samples)
+    number = 1 + next(i for i, sample in enumerate(samples) if sample["target_codes"] is not None)
+    with pytest.raises(ValueError, match=f"Line {number} cannot be trained on: The sample .* may have {longest - 1}"):
+        TrainingCollator(processor, longest - 1).check(samples)
+    without = samples.map(lambda row: {"input_image": []})
+    with pytest.raises(ValueError, match="Line 1 cannot be trained on: only the projector is trained"):
+        collate.check(without, needs_pictures=True)
 
 
 def test_codes_may_stand_in_place_of_a_picture(data, m3):
@@ -136,8 +161,11 @@ def test_codes_may_stand_in_place_of_a_picture(data, m3):
             {"target_image": None, "target_codes": [0] * 63 + [64]},
             "must be a list of 64 whole numbers from 0 to 63",
         ),
-        (0, {"input_image": "missing.png"}, "there is no picture .*missing.png"),
-        (2, {"target_image": "both.jsonl"}, "both.jsonl is not a picture that can be read"),
+        (0, {"input_image": "missing.png"}, "missing.png"),
+        (2, {"target_image": "both.jsonl"}, "both.jsonl.* is not a picture that can be read"),
+        (0, {"input_image": "cut.png"}, "cut.png.* is not a picture that can be read"),
+        (0, {"task": ["comprehension"]}, r"its task is \['comprehension'\], but the tasks are"),
+        (0, {"instruction": "What is <image>?"}, "its instruction has the token <image>"),
         (0, {"input_image": {"bytes": "x"}}, "input_image must be a path or a list of paths"),
         (0, {"picture": "ct.png"}, "the fields task, .*, target_codes and no others"),
     ],
@@ -145,6 +173,7 @@ def test_codes_may_stand_in_place_of_a_picture(data, m3):
 def test_a_line_that_is_no_sample_is_named(data, m3, number, change, message):
     lines = [json.loads(line) for line in (data / "both.jsonl").read_text().splitlines()]
     lines[number] |= change
+    (data / "cut.png").write_bytes((data / "mr.png").read_bytes()[:-200])
     (data / "bad.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(ValueError, match=f"Line {number + 1} of .*bad.jsonl is no sample: .*{message}"):
         read_samples(data / "bad.jsonl", m3[1].config)

@@ -1,5 +1,7 @@
 """`healthgpt eval`: answers scored on benchmarks, pictures compared with true ones."""
 
+import itertools
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +29,7 @@ def answers(
     data: Annotated[Path, typer.Argument(help="Its local copy, as the Hub has it; for samples, JSON lines.")],
     checkpoint: Checkpoint,
     output: Output,
-    split: Annotated[str, typer.Option(help="test; validation for mmmu_med.")] = "test",
+    split: Annotated[str | None, typer.Option(help="By default test, and validation for mmmu_med.")] = None,
     task: Annotated[str, typer.Option(help="A task of the checkpoint that answers in words.")] = "comprehension",
     batch_size: Batch = 8,
     limit: Limit = None,
@@ -40,11 +42,14 @@ def answers(
 
     Example: healthgpt eval answers vqa_rad vqa-rad -c HealthGPT-M3 -o results/vqa_rad
     """
-    from ..evaluation import Records, answer_items, read_benchmark, summarise_answers, write_report
+    from ..evaluation import Records, answer_items, read_benchmark, state_of, summarise_answers, write_report
 
-    items = list(read_benchmark(benchmark, data, split))[:limit]
+    items = list(itertools.islice(read_benchmark(benchmark, data, split), limit))
+    if not items:
+        raise ValueError(f"{data} has no questions.")
     settings = {"checkpoint": checkpoint, "benchmark": benchmark, "data": str(data), "split": split, "task": task}
     settings |= {"limit": limit, "max_new_tokens": max_new_tokens, "dtype": dtype}
+    settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
     records = Records(output, settings)
@@ -76,12 +81,11 @@ def draw(
 
     Example: healthgpt eval draw pairs.jsonl -c HealthGPT-M3 -o results/ct_to_mri --name ct_to_mri_brain
     """
-    from PIL import Image
-
-    from ..evaluation import Records, draw_samples
+    from ..evaluation import Records, draw_samples, state_of
     from ..training import read_samples
 
     settings = {"checkpoint": checkpoint, "data": str(data), "task": task, "limit": limit, "dtype": dtype}
+    settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
     model, processor = load(checkpoint, device, dtype)
     samples = read_samples(data, model.config, task)
     samples = [sample for sample in samples if sample["target_image"] is not None][:limit]
@@ -93,10 +97,7 @@ def draw(
         draw_samples(
             model, processor, samples, output / "drawn", records, batch_size, lambda n: progress.advance(bar, n)
         )
-    pairs = []
-    for number, sample in enumerate(samples):
-        drawn, true = Image.open(output / f"drawn/{number}.png"), Image.open(sample["target_image"]).convert("RGB")
-        pairs.append((drawn, true.resize(drawn.size, Image.Resampling.LANCZOS) if true.size != drawn.size else true))
+    pairs = [(output / f"drawn/{number}.png", sample["target_image"]) for number, sample in enumerate(samples)]
     report_pairs(pairs, output, name, settings, lpips)
 
 
@@ -117,18 +118,32 @@ def pictures(
 
     from ..evaluation import pair_folders
 
-    pairs = [(Image.open(left), Image.open(right)) for left, right in pair_folders(drawn, true)]
+    pairs = pair_folders(drawn, true)
+    for left, right in pairs:
+        sizes = []
+        for path in (left, right):
+            with Image.open(path) as picture:
+                sizes.append(picture.size)
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{left} has {sizes[0]} pixels and {right} {sizes[1]}: they cannot be compared.")
     output.mkdir(parents=True, exist_ok=True)
     report_pairs(pairs, output, name, {"drawn": str(drawn), "true": str(true)}, lpips)
 
 
 def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool) -> None:
+    """Compares pairs of files, true pictures brought to the size of the drawn ones."""
+    from PIL import Image
+
     from ..evaluation import compare_pictures, load_lpips, summarise_pictures, write_report
+    from ..processing_healthgpt import load_picture
 
     measure = load_lpips() if lpips else None
     scores = []
     with bars() as progress:
-        for drawn, true in progress.track(pairs, description="Comparing"):
+        for paths in progress.track(pairs, description="Comparing"):
+            drawn, true = (load_picture(path, math.inf) for path in paths)
+            if true.size != drawn.size:
+                true = true.resize(drawn.size, Image.Resampling.LANCZOS)
             score = compare_pictures(drawn, true)
             scores.append(score | ({"LPIPS": measure(drawn, true)} if lpips else {}))
     typer.echo(write_report(output, name, summarise_pictures(scores), settings))

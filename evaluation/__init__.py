@@ -3,7 +3,7 @@
 from .answers import answer_items, summarise_answers
 from .benchmarks import BENCHMARKS, Item, read_benchmark
 from .pictures import compare_pictures, draw_samples, load_lpips, pair_folders, summarise_pictures
-from .records import Records
+from .records import Records, state_of
 from .report import write_report
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "load_lpips",
     "pair_folders",
     "read_benchmark",
+    "state_of",
     "summarise_answers",
     "summarise_pictures",
     "write_report",

@@ -35,14 +35,19 @@ def answer_items(
 
     Returns:
         `list[dict]`: For every item its `name`, `kind`, `group`, `question`, `truth`, `answer`, `right` and `recall`.
+
+    Raises:
+        ValueError: if there are no questions, or a record is that of another question.
     """
+    if not items:
+        raise ValueError("There are no questions to answer.")
     progress(len(records.done))
     left = [item for item in items if item.name not in records.done]
     for start in range(0, len(left), batch_size):
         batch = left[start : start + batch_size]
         conversations = []
         for item in batch:
-            pictures = [{"type": "image", "image": picture} for picture in item.pictures]
+            pictures = [{"type": "image", "image": picture} for picture in item.pictures()]
             conversations.append([{"role": "user", "content": [*pictures, {"type": "text", "text": item.question}]}])
         inputs = processor.apply_chat_template(
             conversations, task=task, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -14,15 +14,17 @@ and `samples`, JSON lines as for `healthgpt train`.
 
 import ast
 import json
+import re
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
-from .scoring import YES_NO, words_of
+from .scoring import is_closed
 
 MMMU_MED = (
     "Basic_Medical_Science",
@@ -43,7 +45,8 @@ class Item:
         question (`str`): As the model is asked, options included.
         truth (`str`): The true answer; of a choice, the text of the option.
         kind (`str`): `"closed"`, `"open"` or `"choice"`.
-        pictures (`list`): PIL pictures or paths.
+        pictures (`Callable[[], list]`): Reads its PIL pictures, or names their paths; a benchmark's pictures are too many to
+            be held at once.
         options (`list[str]`): Texts of the options of a choice.
         group (`str`): Part of the benchmark that is reported on its own.
     """
@@ -52,19 +55,20 @@ class Item:
     question: str
     truth: str
     kind: str
-    pictures: list[Any]
+    pictures: Callable[[], list[Any]]
     options: list[str] = field(default_factory=list)
     group: str = ""
 
 
-def read_benchmark(name: str, path: Path, split: str = "test") -> Iterator[Item]:
+def read_benchmark(name: str, path: Path, split: str | None = None) -> Iterator[Item]:
     """
     Questions of a benchmark, in the order of its files.
 
     Args:
         name (`str`): A key of `BENCHMARKS`.
         path (`Path`): The local copy.
-        split (`str`, defaults to `"test"`): For the benchmarks that have splits.
+        split (`str`, *optional*): For the benchmarks that have splits; by default the one with public answers,
+            `"validation"` of MMMU and `"test"` of the others.
 
     Raises:
         ValueError: if there is no such benchmark or the copy has another form.
@@ -74,48 +78,60 @@ def read_benchmark(name: str, path: Path, split: str = "test") -> Iterator[Item]
     if not path.exists():
         raise ValueError(f"{path} does not exist.")
     try:
-        yield from BENCHMARKS[name](path, split)
+        yield from BENCHMARKS[name](path, split or ("validation" if name == "mmmu_med" else "test"))
     except (KeyError, FileNotFoundError) as error:
         raise ValueError(f"{path} does not have the form of {name}: {error} is missing.") from error
 
 
 def closed_or_open(answer: str) -> str:
-    return "closed" if words_of(answer) and words_of(answer)[0] in YES_NO else "open"
+    return "closed" if is_closed(answer) else "open"
+
+
+def parquet(folder: Path, split: str) -> Dataset:
+    files = sorted(map(str, folder.rglob(f"{split}-*.parquet")))
+    if not files:
+        raise FileNotFoundError(f"{folder.name}/{split}-*.parquet")
+    return load_dataset("parquet", data_files=files, split="train")
 
 
 def read_parquet(path: Path, split: str) -> Iterator[Item]:
     """VQA-RAD and PathVQA: yes and no are closed, all else is open."""
-    files = sorted(map(str, path.rglob(f"{split}-*.parquet")))
-    if not files:
-        raise FileNotFoundError(f"{split}-*.parquet")
-    for number, row in enumerate(load_dataset("parquet", data_files=files, split="train")):
-        yield Item(str(number), row["question"], row["answer"], closed_or_open(row["answer"]), [row["image"]])
+    rows = parquet(path, split)
+    for number, row in enumerate(rows.select_columns(["question", "answer"])):
+        kind = closed_or_open(row["answer"])
+        yield Item(str(number), row["question"], row["answer"], kind, partial(pictures_of, rows, number, ["image"]))
+
+
+def pictures_of(rows: Dataset, number: int, columns: list[str]) -> list:
+    row = rows[number]
+    return [row[column] for column in columns if row[column] is not None]
 
 
 def read_slake(path: Path, split: str) -> Iterator[Item]:
     """The English questions; the file says which are closed."""
     for row in json.loads((path / f"{split}.json").read_text(encoding="utf-8")):
         if row["q_lang"] == "en":
+            picture = path / "imgs" / row["img_name"]
             kind = row["answer_type"].lower()
-            yield Item(str(row["qid"]), row["question"], row["answer"], kind, [path / "imgs" / row["img_name"]])
+            yield Item(str(row["qid"]), row["question"], row["answer"], kind, partial(list, [picture]))
 
 
 def read_mmmu(path: Path, split: str) -> Iterator[Item]:
-    """The medical subjects; its answers are public for the split `validation`. Open questions are scored as open."""
+    """The medical subjects. Open questions are scored as open."""
     for subject in MMMU_MED:
-        files = sorted(map(str, (path / subject).glob(f"{split}-*.parquet")))
-        if not files:
-            raise FileNotFoundError(f"{subject}/{split}-*.parquet")
-        for row in load_dataset("parquet", data_files=files, split="train"):
-            pictures = [row[f"image_{n}"] for n in range(1, 8) if row.get(f"image_{n}") is not None]
-            question = row["question"]
-            for number in range(1, 8):
-                question = question.replace(f"<image {number}>", f"(picture {number})")
-            options = ast.literal_eval(row["options"])
+        rows = parquet(path / subject, split)
+        columns = [f"image_{number}" for number in range(1, 8) if f"image_{number}" in rows.column_names]
+        for number, row in enumerate(rows.select_columns(["id", "question", "options", "answer"])):
+            if row["answer"] == "?":
+                raise ValueError(f"The answers of MMMU's split {split!r} are not public: take the split validation.")
+            pictures = partial(pictures_of, rows, number, columns)
+            question, *options = (
+                re.sub(r"<image (\d)>", r"(picture \1)", text)
+                for text in (row["question"], *ast.literal_eval(row["options"]))
+            )
             if options:
-                yield choice(
-                    row["id"], question, options, string.ascii_uppercase.index(row["answer"]), pictures, subject
-                )
+                truth = string.ascii_uppercase.index(row["answer"])
+                yield choice(row["id"], question, options, truth, pictures, subject)
             else:
                 yield Item(row["id"], question, row["answer"], "open", pictures, group=subject)
 
@@ -128,21 +144,27 @@ def read_omnimedvqa(path: Path, split: str) -> Iterator[Item]:
     for file in files:
         for row in json.loads(file.read_text(encoding="utf-8")):
             options = [row[f"option_{letter}"] for letter in "ABCD" if row.get(f"option_{letter}")]
-            truth = options.index(row["gt_answer"])
-            pictures = [path / row["image_path"]]
+            if row["gt_answer"] not in options:
+                raise ValueError(f"{row['question_id']} in {file} has an answer that is none of its options.")
+            truth, pictures = options.index(row["gt_answer"]), partial(list, [path / row["image_path"]])
             yield choice(row["question_id"], row["question"], options, truth, pictures, row["modality_type"])
 
 
 def read_samples(path: Path, split: str) -> Iterator[Item]:
     """JSON lines with `instruction`, `response` and `input_image`."""
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            row = json.loads(line)
-            pictures = row.get("input_image") or []
-            pictures = [pictures] if isinstance(pictures, str) else pictures
-            pictures = [path.parent / picture for picture in pictures]
-            kind = closed_or_open(row["response"])
-            yield Item(str(number), row["instruction"], row["response"], kind, pictures, group=row.get("group", ""))
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                paths = row.get("input_image") or []
+                paths = [path.parent / name for name in ([paths] if isinstance(paths, str) else paths)]
+                kind, group = closed_or_open(row["response"]), row.get("group", "")
+                yield Item(str(number), row["instruction"], row["response"], kind, partial(list, paths), group=group)
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"Line {number} of {path} is no sample: it must be an object with an instruction, a response and, if it "
+                    f"has pictures, input_image ({error})."
+                ) from error
 
 
 def choice(name, question, options, truth, pictures, group) -> Item:

@@ -1,7 +1,18 @@
 """Results of a long run, a JSON line each, so that a killed run goes on where it was."""
 
+import hashlib
 import json
 from pathlib import Path
+
+
+def state_of(path: str | Path) -> str | None:
+    """A hash of the names, sizes and times of a file or of all files of a folder; `None` for what is not on this disk."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    stats = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 class Records:

@@ -3,7 +3,7 @@ How an answer is scored.
 
     closed   right if the answer decides for the true option
     open     right if the true answer stands in it; also its recall, as LLaVA-Med (arXiv 2306.00890, section 5) reports
-    choice   right if the answer names the true option's letter, or else its text and no other's
+    choice   right if the answer names the true option's letter, or else its text and no other's; see `chosen_option`
 
 Texts are compared as in the VQA benchmark (Antol et al. 2015): small letters, no punctuation, no articles. HealthGPT's authors
 publish accuracies without their rules, therefore figures beside theirs are near them, not the same measure.
@@ -32,13 +32,19 @@ def is_right(answer: str, truth: str) -> bool:
     """
     Whether an answer in words is right, closed or open.
 
-    Yes or no counts where it stands first; any other truth must stand in the answer, word by word.
+    Yes or no counts as the first word, or else where only one of the two is said; any other truth must stand in the answer,
+    word by word.
     """
     answered, expected = words_of(answer), words_of(truth)
-    if len(expected) == 1 and expected[0] in YES_NO:
-        decisions = [word for word in answered if word in YES_NO]
-        return decisions[:1] == expected
-    return contains(answered, expected)
+    if not is_closed(truth):
+        return contains(answered, expected)
+    said = set(answered[:1]) & set(YES_NO) or set(answered) & set(YES_NO)
+    return said == set(expected)
+
+
+def is_closed(truth: str) -> bool:
+    """Whether the true answer is yes or no and nothing else."""
+    return words_of(truth) in ([word] for word in YES_NO)
 
 
 def recall(answer: str, truth: str) -> float:
@@ -51,21 +57,27 @@ def chosen_option(answer: str, options: list[str]) -> int | None:
     """
     Index of the option that an answer chooses, or `None` if that cannot be told.
 
-    A letter counts if it stands alone at the beginning, or in brackets, or after the word "answer"; else the text of exactly
-    one option must stand in the answer.
+    A letter counts if it is the whole answer or stands at its beginning with a bracket, dot, comma or colon; after "answer",
+    "option" or "choice"; or else if the text of exactly one option stands in the answer; or at last if a single letter
+    stands in brackets. Small letters count as capital ones, and marks of emphasis are passed over.
     """
     letters = string.ascii_uppercase[: len(options)]
+    plain = answer.replace("*", "").strip()
+    named = r"(?i:\b(?:answer|option|choice)(?: is)?:?)"
     for pattern in (
-        rf"^\s*\(?([{letters}])(?:[).:,]|\s*$)",
-        rf"\(([{letters}])\)",
-        rf"(?i:answer)(?: is)?:? ([{letters}])\b",
+        rf"^\(?((?i:[{letters}]))(?:[).:,]|$)",
+        rf"{named} \(?([{letters}])\b",
+        rf"{named} \(?([{letters.lower()}])(?:[).]|$)",  # not the article
     ):
-        match = re.search(pattern, answer)
+        match = re.search(pattern, plain)
         if match:
-            return letters.index(match[1])
-    words = words_of(answer)
+            return letters.index(match[1].upper())
+    words = words_of(plain)
     found = [index for index, option in enumerate(options) if contains(words, words_of(option))]
     longest = [
         i for i in found if not any(i != j and contains(words_of(options[j]), words_of(options[i])) for j in found)
     ]
-    return longest[0] if len(longest) == 1 else None
+    if len(longest) == 1:
+        return longest[0]
+    bracketed = {letter.upper() for letter in re.findall(rf"\(([{letters}])\)", plain, re.IGNORECASE)}
+    return letters.index(bracketed.pop()) if not longest and len(bracketed) == 1 else None

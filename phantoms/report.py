@@ -8,6 +8,7 @@ What a model makes of the phantoms of the test split, beside trivial answers: ta
 
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,9 @@ def report_answers(model, processor, count: int, log=lambda text: None) -> dict[
         majority = known.most_common(1)[0][0]
         samples = [comprehension_sample("test", number, kind) for number in range(count)]
         items = [
-            Item(str(number), sample["instruction"], sample["response"], "open", [sample["input_image"]])
+            Item(
+                str(number), sample["instruction"], sample["response"], "open", partial(list, [sample["input_image"]])
+            )
             for number, sample in enumerate(samples)
         ]
         with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +112,9 @@ def describe(model, processor, folder: Path) -> dict[str, tuple[str, str]]:
     """Modality and description that a model gives of the pictures of a folder, by their names."""
     questions = ("What imaging modality is this?", "Describe this picture.")
     paths = sorted(folder.glob("*.png"))
-    items = [Item(f"{path.stem} {text}", text, "", "open", [path]) for path in paths for text in questions]
+    items = [
+        Item(f"{path.stem} {text}", text, "", "open", partial(list, [path])) for path in paths for text in questions
+    ]
     with tempfile.TemporaryDirectory() as records:
         answered = answer_items(model, processor, items, Records(Path(records), {}))
     texts = [record["answer"] for record in answered]

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import PIL.Image
 import pytest
 from conftest import GOLDEN
 from datasets import Dataset, Features, Image, Value
@@ -31,7 +32,7 @@ def test_parquet_of_questions(tmp_path, name):
         ("Is it normal?", "No", "closed"),
         ("Which plane?", "axial", "open"),
     ]
-    assert items[0].pictures[0].size == (80, 100) or items[0].pictures[0].size[0] > 0
+    assert all(item.pictures()[0].size == PIL.Image.open(PICTURE).size for item in items)
     assert len(list(read_benchmark(name, tmp_path, "train"))) == 1
 
 
@@ -42,7 +43,7 @@ def test_slake(tmp_path):
     rows = [row | {"qid": 1, "q_lang": "en"}, row | {"qid": 2, "q_lang": "zh"}]
     (tmp_path / "test.json").write_text(json.dumps(rows))
     [item] = read_benchmark("slake", tmp_path)
-    assert (item.name, item.kind, item.truth) == ("1", "open", "Liver") and item.pictures[0].is_file()
+    assert (item.name, item.kind, item.truth) == ("1", "open", "Liver") and item.pictures()[0].is_file()
 
 
 def test_mmmu_med(tmp_path):
@@ -51,22 +52,25 @@ def test_mmmu_med(tmp_path):
         row = {
             "id": f"validation_{subject}_1",
             "question": "See <image 1> and <image 2>?",
-            "options": "['up', \"it's down\"]",
+            "options": "['up', \"it's <image 2>\"]",
         }
         row |= {"answer": "B", "image_1": str(PICTURE), "image_2": str(PICTURE), "image_3": None}
         pictures = ["image_1", "image_2", "image_3"]
         write_parquet([row], tmp_path / subject / "validation-00000-of-00001.parquet", pictures)
-    items = list(read_benchmark("mmmu_med", tmp_path, "validation"))
-    assert len(items) == 5 and items[3].group == "Pharmacy" and len(items[0].pictures) == 2
-    assert items[0].truth == "it's down" and items[0].options == ["up", "it's down"]
+    items = list(read_benchmark("mmmu_med", tmp_path))
+    assert len(items) == 5 and items[3].group == "Pharmacy" and len(items[0].pictures()) == 2
+    assert items[0].truth == "it's (picture 2)" and items[0].options == ["up", "it's (picture 2)"]
     assert items[0].question.splitlines() == [
         "See (picture 1) and (picture 2)?",
         "(A) up",
-        "(B) it's down",
+        "(B) it's (picture 2)",
         "Answer with the letter of the right option.",
     ]
     with pytest.raises(ValueError, match=r"does not have the form of mmmu_med: .*test-.*parquet is missing"):
-        list(read_benchmark("mmmu_med", tmp_path))
+        list(read_benchmark("mmmu_med", tmp_path, "test"))
+    write_parquet([row | {"answer": "?"}], tmp_path / "Basic_Medical_Science/test-00000-of-00001.parquet", pictures)
+    with pytest.raises(ValueError, match="The answers of MMMU's split 'test' are not public"):
+        list(read_benchmark("mmmu_med", tmp_path, "test"))
 
 
 def test_omnimedvqa(tmp_path):
@@ -76,7 +80,21 @@ def test_omnimedvqa(tmp_path):
     (tmp_path / "QA_information/Open-access/set.json").write_text(json.dumps([row]))
     [item] = read_benchmark("omnimedvqa", tmp_path)
     assert item.options == ["MRI", "CT"] and item.group == "CT(Computed Tomography)" and item.kind == "choice"
-    assert item.pictures == [tmp_path / "Images/a.png"]
+    assert item.pictures() == [tmp_path / "Images/a.png"]
+    (tmp_path / "QA_information/Open-access/set.json").write_text(json.dumps([row | {"gt_answer": "PET"}]))
+    with pytest.raises(ValueError, match=r"q1 in .*set.json has an answer that is none of its options"):
+        list(read_benchmark("omnimedvqa", tmp_path))
+
+
+@pytest.mark.parametrize("line", ["{]", "[]", '{"instruction": "Why?"}', '{"instruction": "Why?", "response": null}'])
+def test_samples_that_are_none(tmp_path, line):
+    good = json.dumps({"instruction": "Why?", "response": "No", "input_image": "a.png"})
+    (tmp_path / "samples.jsonl").write_text(f"{good}\n{line}\n")
+    items = read_benchmark("samples", tmp_path / "samples.jsonl")
+    item = next(items)
+    assert (item.kind, item.pictures()) == ("closed", [tmp_path / "a.png"])
+    with pytest.raises(ValueError, match=r"Line 2 of .*samples.jsonl is no sample"):
+        next(items)
 
 
 def test_what_is_no_benchmark(tmp_path):

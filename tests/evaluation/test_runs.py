@@ -1,13 +1,16 @@
 """Runs over a model: batches, resuming, tables; and the metrics of pictures against other libraries."""
 
 import json
+import os
+import resource
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, inputs_of
 from PIL import Image
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from typer.testing import CliRunner
 
 from healthgpt.app.cli import app
@@ -34,7 +37,7 @@ def test_batches_give_the_golden_answers_and_a_killed_run_goes_on(m3, tmp_path, 
     for case in cases:
         names = case["image"] or []
         pictures = [GOLDEN / f"images/{name}.png" for name in ([names] if isinstance(names, str) else names)]
-        items.append(Item(case["name"], case["question"], "yes", "closed", pictures))
+        items.append(Item(case["name"], case["question"], "yes", "closed", partial(list, pictures)))
     settings = {"checkpoint": "m3"}
     length = cases[0]["max_new_tokens"]
     records = Records(tmp_path / "run", settings)
@@ -84,7 +87,9 @@ def test_metrics_of_pictures_and_their_means():
     assert score["MSE"] == pytest.approx(error)
     expected = peak_signal_noise_ratio(torch.tensor(drawn).float(), torch.tensor(true).float(), data_range=255.0)
     assert score["PSNR"] == pytest.approx(expected.item(), abs=1e-3)
-    assert 50 < score["SSIM"] < 100
+    planes = (torch.tensor(picture).movedim(-1, 0)[None].double() for picture in (drawn, true))
+    expected = structural_similarity_index_measure(*planes, data_range=255.0, sigma=1.5, kernel_size=11)
+    assert score["SSIM"] == pytest.approx(100 * expected.item(), abs=0.5)  # it counts the borders otherwise
     same = compare_pictures(Image.fromarray(true), Image.fromarray(true))
     assert same == {"SSIM": 100.0, "PSNR": 100.0, "MSE": 0.0}
     summary = summarise_pictures([score, same] * 50)
@@ -122,6 +127,13 @@ def test_the_command_line(data, checkpoints, tmp_path):
     assert (tmp_path / "d/drawn/1.png").stat().st_mtime_ns == before
     compared = run("pictures", tmp_path / "d/drawn", tmp_path / "d/drawn", "-o", tmp_path / "p")
     assert compared.exit_code == 0 and "| SSIM | 100.00 |" in compared.output
+    assert len(list((tmp_path / "a").iterdir())) == 4
+    os.utime(folder / "config.json")
+    stale = run("answers", "samples", data / "comprehension.jsonl", "-c", folder, "-o", tmp_path / "a")
+    assert "holds a run with other settings" in str(stale.exception)
+    (tmp_path / "none.jsonl").touch()
+    empty = run("answers", "samples", tmp_path / "none.jsonl", "-c", folder, "-o", tmp_path / "x")
+    assert "has no questions" in str(empty.exception)
     refused = run("draw", data / "comprehension.jsonl", "-c", folder, "-o", tmp_path / "x")
     assert "has no samples with a target_image" in str(refused.exception) and not (tmp_path / "x").exists()
 
@@ -136,8 +148,32 @@ def test_folders_that_are_no_pairs(tmp_path):
         pair_folders(tmp_path / "a", tmp_path / "b")
     Image.new("RGB", (8, 8)).save(tmp_path / "b/1.bmp")
     assert pair_folders(tmp_path / "a", tmp_path / "b") == [(tmp_path / "a/1.png", tmp_path / "b/1.bmp")]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a/2.PNG", format="png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b/2.png")
+    assert len(pair_folders(tmp_path / "a", tmp_path / "b")) == 2
+    Image.new("RGB", (8, 8)).save(tmp_path / "b/2.bmp")
+    with pytest.raises(ValueError, match="two pictures are named '2'"):
+        pair_folders(tmp_path / "a", tmp_path / "b")
     with pytest.raises(ValueError, match="is no folder"):
         pair_folders(tmp_path / "a/1.png", tmp_path / "b")
+
+
+def test_pictures_of_16_bits_and_more_than_files_may_be_open(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    grey = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(grey * 16).save(tmp_path / "a/0.png")
+    Image.fromarray((grey // 16).astype(np.uint8)).save(tmp_path / "b/0.png")
+    for number in range(1, 40):
+        for name in ("a", "b"):
+            os.link(tmp_path / name / "0.png", tmp_path / name / f"{number}.png")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        compared = run("pictures", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert "| MSE | 0.00 | 0.00 to 0.00 | 40 |" in compared.output, compared.exception
 
 
 def test_lpips_says_what_it_needs(tmp_path):

@@ -18,6 +18,10 @@ from healthgpt.evaluation.scoring import chosen_option, is_right, recall
         ("It is the lung, on the left.", "left lung", False),
         ("An X-ray!", "x ray", True),
         ("Pneumothoraces", "pneumothorax", False),
+        ("There is no doubt, yes.", "yes", False),  # says both, and neither first
+        ("Of course, yes.", "yes", True),
+        ("No pneumothorax is seen.", "No pneumothorax", True),
+        ("There is no effusion and no pneumothorax.", "no pneumothorax", True),
         ("", "yes", False),
         ("", "lung", False),
     ],
@@ -55,6 +59,15 @@ def test_recall(answer, truth, share):
         ("E", None),
         ("", None),
         ("A picture of a CT", 0),
+        ("b", 1),
+        ("d.", 3),
+        ("Option B", 1),
+        ("The correct option is B", 1),
+        ("The best choice is (b).", 1),
+        ("The answer is a CT angiography", 2),  # an article, not a letter
+        ("**B**", 1),
+        ("It is MRI (not (A) CT).", None),
+        ("I choose (D) here.", 3),
     ],
 )
 def test_chosen_options(answer, index):

@@ -102,7 +102,7 @@ def train(
         recipe = replace(recipe, learning_rates=rates)
     recipe = replace(recipe, batch_size=batch_size or recipe.batch_size)
     recipe = replace(recipe, dropout=recipe.dropout if dropout is None else dropout)
-    answering = start_fusion(model) if stage == "fusion" else {}
+    answering = start_fusion(model, trained) if stage == "fusion" else {}
 
     arguments = training_arguments(
         recipe,
@@ -146,7 +146,7 @@ def train(
         return
     for name, tables in answering.items():
         model.use_token_tables(tables, [name])
-    for name in [name for name in tasks if kinds[name] == "image"] if stage == "fusion" else trained:
+    for name in (name for name in trained if name not in answering):
         (output / name).mkdir(exist_ok=True)
         save_plugin(model, name, output / name, with_tables=stage == "fusion")
         typer.echo(f"{output / name}")

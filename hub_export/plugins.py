@@ -124,12 +124,12 @@ def add_plugin(
     """
     config, weight_map = read_checkpoint(checkpoint)
     if plugin.is_file():
-        name, task, tensors = read_published(plugin, name, kind, alpha, fusion, config.dtype)
+        name, task, tensors = read_published(plugin, name, kind, alpha, fusion, config)
         sources = [plugin] if fusion is None else [plugin, fusion]
     elif (kind, alpha, fusion) != (None, None, None):
         raise CheckpointError("A kind, an alpha and a fusion layer go with a published file: a folder has its own.")
     else:
-        name, task, tensors = read_plugin(plugin, name)
+        name, task, tensors = read_plugin(plugin, name, config)
         sources = [plugin / WEIGHTS_NAME]
     if name in config.tasks and not replace:
         raise CheckpointError(
@@ -163,6 +163,11 @@ def add_plugin(
             raise CheckpointError(f"{key} in {plugin} holds {tensor.dtype} instead of floating point numbers.")
         if not is_finite(tensor):
             raise CheckpointError(f"{key} in {plugin} has values that are NaN or infinite.")
+    # Token tables of the old plugin that other tasks use by now stay where they are.
+    kept = {key for key, file in weight_map.items() if file == plugin_file(name)} - replaced
+    if kept:
+        with safe_open(checkpoint / plugin_file(name), framework="pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in kept}
     unfinished = checkpoint / f"{plugin_file(name)}.unfinished"
     weight_map = {key: file for key, file in weight_map.items() if key not in replaced}
     weight_map |= dict.fromkeys(tensors, plugin_file(name))
@@ -173,19 +178,29 @@ def add_plugin(
         update(checkpoint, weight_map, tasks, sources)
 
 
-def read_plugin(folder: Path, name: str | None) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
+def read_plugin(
+    folder: Path, name: str | None, config: HealthGPTConfig
+) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
     """Name, settings and tensors of a plugin that lies alone, under the new name if there is one."""
     content = read_json(folder / CONFIG_NAME)
     with reading(folder / CONFIG_NAME):
         old, task = content["name"], TaskConfig(**content["task"])
     name = old if name is None else name
-    if task.token_tables == old:
-        task.token_tables = name
     read_file(folder / WEIGHTS_NAME)
-    return name, task, {rename(key, old, name): tensor for key, tensor in load_file(folder / WEIGHTS_NAME).items()}
+    tensors = load_file(folder / WEIGHTS_NAME)
+    names = {f".plugins.{old}.": f".plugins.{name}.", f".projectors.{old}.": f".projectors.{name}."}
+    if f"token_heads.{task.token_tables}.weight" in tensors:
+        tables = free_tables(name, config)
+        names |= {f"{kind}.{task.token_tables}.": f"{kind}.{tables}." for kind in ("token_embeddings", "token_heads")}
+        task.token_tables = tables
+    for before, after in names.items():
+        tensors = {key.replace(before, after): tensor for key, tensor in tensors.items()}
+    return name, task, tensors
 
 
-def read_published(file: Path, name, kind, alpha, fusion, dtype) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
+def read_published(
+    file: Path, name: str | None, kind: str | None, alpha: float | None, fusion: Path | None, config: HealthGPTConfig
+) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
     """Name, settings and tensors of a published plugin; see [`add_plugin`]."""
     if name is None or kind not in KINDS.values():
         raise CheckpointError(
@@ -195,9 +210,15 @@ def read_published(file: Path, name, kind, alpha, fusion, dtype) -> tuple[str, T
     task = task_config(name, kind, tensors, alpha)
     transfers, _ = transfers_of(tensors, rules.plugin(name), file)
     if fusion is not None:
-        task.token_tables = name
-        transfers += transfers_of(read_file(fusion), rules.fusion(name), fusion)[0]
-    return name, task, {transfer.target: torch.cat(list(transfer.pieces(dtype))) for transfer in transfers}
+        task.token_tables = free_tables(name, config)
+        transfers += transfers_of(read_file(fusion), rules.fusion(task.token_tables), fusion)[0]
+    return name, task, {transfer.target: torch.cat(list(transfer.pieces(config.dtype))) for transfer in transfers}
+
+
+def free_tables(name: str, config: HealthGPTConfig) -> str:
+    """A name for token tables that a task brings along: its own, unless other tasks share tables of that name."""
+    others = {settings.token_tables for task, settings in config.tasks.items() if task != name}
+    return f"{name}_own" if name in others else name
 
 
 def published_files(task: str, tables: str | None, tensors: dict) -> dict[str, dict[str, torch.Tensor]]:
@@ -219,12 +240,6 @@ def write_plugin(folder: Path, name: str, task: dict, tensors: dict[str, torch.T
     """Writes the two files of a plugin that lies alone."""
     save_tensors(tensors, folder / WEIGHTS_NAME)
     write_json(folder / CONFIG_NAME, {"name": name, "task": task})
-
-
-def rename(key: str, old: str, new: str) -> str:
-    for prefix in (".plugins.", ".projectors.", ".token_embeddings.", "token_heads."):
-        key = key.replace(f"{prefix}{old}.", f"{prefix}{new}.")
-    return key
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[HealthGPTConfig, dict[str, str]]:

@@ -216,7 +216,7 @@ def load(folder: Path):
 
 def train(model, processor, stage: Stage, samples: dict[str, Dataset], folder: Path, steps: int) -> None:
     """Runs one stage, or takes its result from an earlier run."""
-    answering = start_fusion(model) if "token_tables" in stage.recipe.learning_rates else {}
+    answering = start_fusion(model, list(stage.tasks)) if "token_tables" in stage.recipe.learning_rates else {}
     rows = [row for task in stage.tasks for row in select(samples[task], stage.instructions)]
     arguments = training_arguments(
         stage.recipe,

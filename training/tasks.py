@@ -35,10 +35,14 @@ def parts_of(model, part: str, tasks: list[str]) -> list[torch.nn.Parameter]:
     return [value for name, value in model.named_parameters() if any(prefix in name for prefix in prefixes)]
 
 
-def start_fusion(model) -> dict[str, str | None]:
+def start_fusion(model, tasks: list[str]) -> dict[str, str | None]:
     """
-    Lets all tasks use the token tables with the image codes: those of the tasks that draw, or if these have none of their own,
+    Lets tasks use the token tables with the image codes: those of the tasks that draw, or if these have none of their own,
     new ones that start as copies of the base's.
+
+    Args:
+        model (`HealthGPTForConditionalGeneration`): Changed in place.
+        tasks (`list[str]`): The tasks of the samples.
 
     Returns:
         `dict[str, str | None]`: The tables that the tasks that answer had, to be given back to them afterwards: as published,
@@ -47,15 +51,15 @@ def start_fusion(model) -> dict[str, str | None]:
     Raises:
         ValueError: if no task draws, or those that do have several pairs of tables.
     """
-    tasks = model.config.tasks
-    drawing = [name for name, settings in tasks.items() if settings.kind == "image"]
+    settings = model.config.tasks
+    drawing = [name for name in tasks if settings[name].kind == "image"]
     if not drawing:
-        raise ValueError("The fusion stage trains the token tables of tasks that draw, and this checkpoint has none.")
-    own = {tasks[name].token_tables for name in drawing}
+        raise ValueError("The fusion stage trains the token tables of tasks that draw, and there are samples of none.")
+    own = {settings[name].token_tables for name in drawing}
     if len(own) > 1:
         raise ValueError(f"The tasks {', '.join(drawing)} have different token tables: fusion trains one pair.")
-    answering = {name: settings.token_tables for name, settings in tasks.items() if settings.kind == "text"}
-    model.use_token_tables(own.pop() or drawing[0], list(tasks))
+    answering = {name: settings[name].token_tables for name in tasks if name not in drawing}
+    model.use_token_tables(own.pop() or drawing[0], tasks)
     return answering
 
 

@@ -84,6 +84,22 @@ def test_the_three_stages_one_after_the_other(data, checkpoints, tmp_path):
     assert model.config.tasks["generation"].token_tables == "generation"
 
 
+def test_fusion_where_another_task_shares_the_tables(data, pairs, checkpoints, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints("m3").folder, folder)
+    options = ("-c", folder, *QUICK)
+    run(pairs, *options, "-o", tmp_path / "new", "--task", "ct_to_mri", "--init-from", "generation")
+    add_plugin(folder, tmp_path / "new/ct_to_mri")
+    shared = weights_of(folder)["token_heads.generation.weight"]
+    assert run(data / "both.jsonl", *options, "-o", tmp_path / "fused", "--stage", "fusion").exit_code == 0
+    add_plugin(folder, tmp_path / "fused/generation", replace=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    tables = {name: task.token_tables for name, task in model.config.tasks.items()}
+    assert tables == {"comprehension": None, "generation": "generation_own", "ct_to_mri": "generation"}
+    assert torch.equal(model.token_heads["generation"].weight, shared)
+    assert not torch.equal(model.token_heads["generation_own"].weight, shared)
+
+
 def test_fusion_of_a_4_bit_checkpoint_that_has_no_tables_of_its_own(data, checkpoints, tmp_path):
     sources = sources_of(checkpoints("made_wide").source)
     export(replace(sources, fusion=None), tmp_path / "checkpoint", "bfloat16", "4bit", skip_forward=True)

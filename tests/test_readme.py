@@ -1,13 +1,16 @@
 """Every snippet of the README runs as it is printed, in order, in a folder that holds the files it names."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import GOLDEN
+from datasets import Dataset, Features, Value
 from PIL import Image
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -28,18 +31,32 @@ def folder(tmp_path_factory):
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     for name in ("ct.png", "retina.png"):
         shutil.copy(GOLDEN / "images" / name, folder / name)
+    pair = {"instruction": "Turn this CT into an MRI.", "input_image": "ct.png", "target_image": "ct.png"}
+    answer = {"task": "comprehension", "instruction": "What is this?", "response": "A CT.", "input_image": "ct.png"}
+    for name, rows in (("pairs", [pair] * 2), ("both", [answer, pair | {"task": "generation"}])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    question = {"image": str(folder / "ct.png"), "question": "Is it normal?", "answer": "no"}
+    features = Features({"image": datasets.Image(), "question": Value("string"), "answer": Value("string")})
+    (folder / "vqa-rad/data").mkdir(parents=True)
+    rows = Dataset.from_list([question] * 2, features=features)
+    rows.to_parquet(folder / "vqa-rad/data/test-00000-of-00001.parquet")
+    (folder / "true").mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 32)).save(folder / f"true/{number}.png")
     return folder
 
 
 def test_shell_then_python(folder):
     shell = snippets("bash")
-    assert len(shell) == 3
+    assert len(shell) == 5
     program = f"{sys.executable} -c 'from healthgpt.app.cli import main; main()'"
     for script in shell:
-        script = f'set -e\nhealthgpt() {{ {program} "$@"; }}\n{script}'
-        result = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=300)
+        start = f'set -e\nhealthgpt() {{ {program} "$@"; }}\ntorchrun() {{ {sys.executable} -m torch.distributed.run "$@"; }}'
+        script = f"{start}\n{script}"
+        result = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stderr
     assert Image.open(folder / "out.png").size == (32, 32)
+    assert "| SSIM |" in (folder / "results/folders/results.md").read_text()
     python = snippets("python")
     assert len(python) == 5
     script = "\n".join([*python, "assert pixels.shape == (2, 3, 32, 32)"])

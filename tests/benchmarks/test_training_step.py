@@ -1,0 +1,60 @@
+"""The adapters that the benchmark compares are what their names say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_mixture_is_h_lora_expert_by_expert(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from training_step import LoRALinear, MixtureLinear
+
+    from healthgpt import TaskConfig
+    from healthgpt.modeling_healthgpt import HLoRALinear, route
+
+    torch.manual_seed(0)
+    base, n, rank = torch.nn.Linear(6, 5), 3, 12
+    wide = HLoRALinear(base, {"task": TaskConfig("text", rank, 2 * rank / n, n, vision_layer=-2)})
+    mixture, plugin = MixtureLinear(base, rank, n), wide.plugins["task"]
+    mixture.lora_route.weight = plugin.lora_route.weight
+    for index, part in enumerate(range(0, rank, rank // n)):
+        mixture.lora_A[index].weight = torch.nn.Parameter(plugin.lora_A.weight[part : part + rank // n])
+        mixture.lora_B[index].weight = torch.nn.Parameter(plugin.lora_B.weight[:, part : part + rank // n])
+    x = torch.randn(2, 4, 6)
+    with route([("task", None)]):
+        torch.testing.assert_close(wide(x), mixture(x))
+    single = MixtureLinear(base, rank, 1)  # one expert, whose weight is 1
+    lora = LoRALinear(base, rank)
+    single.lora_A[0], single.lora_B[0] = lora.lora_A, lora.lora_B
+    torch.testing.assert_close(lora(x), single(x))
+
+
+def test_it_runs():
+    options = [
+        "--hidden-size",
+        "32",
+        "--layers",
+        "1",
+        "--rank",
+        "8",
+        "--experts",
+        "2",
+        "4",
+        "--tokens",
+        "8",
+        "--rounds",
+        "1",
+    ]
+    command = [sys.executable, ROOT / "benchmarks/training_step.py", *options]
+    table = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:7]] == [
+        "LoRA",
+        "mixture",
+        "H-LoRA",
+        "mixture",
+        "H-LoRA",
+    ]

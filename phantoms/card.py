@@ -52,8 +52,8 @@ Pictures that nobody here drew, which it was never meant for:
 |---|---|---|
 {real}
 """
-COMPARISON = """Trained in other ways with the same steps, as the paper compares them (accuracies in percent, then the mean of SSIM and PSNR over
-the drawing tasks):
+COMPARISON = """Ways of training it, as the paper compares them, each anew and with a quarter of the steps of the model above (accuracies in percent,
+then the mean of SSIM and PSNR over the drawing tasks; the mixed stage has the steps of the three together):
 
 | way | modality | finding, yes or no | finding, open | drawing |
 |---|---|---|---|---|
@@ -62,18 +62,19 @@ the drawing tasks):
 """
 
 
-def nano_card(name: str, parameters: int, reports: dict[str, dict], real: dict[str, tuple[str, str]]) -> str:
+def nano_card(
+    name: str, parameters: int, own: dict, compared: dict[str, dict], real: dict[str, tuple[str, str]]
+) -> str:
     """
     The text of README.md.
 
     Args:
         name (`str`): Folder from which the snippet loads.
         parameters (`int`): Number of parameters.
-        reports (`dict[str, dict]`): `answers` and `pictures` of [`report_answers`] and [`report_pictures`] by the way of
-            training; the first is the checkpoint's own.
+        own (`dict[str, dict]`): `answers` and `pictures` of [`report_answers`] and [`report_pictures`].
+        compared (`dict[str, dict]`): The same by ways of training, if these were compared.
         real (`dict[str, tuple[str, str]]`): Its modality and its description of real pictures, by name.
     """
-    own = next(iter(reports.values()))
     data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
@@ -90,7 +91,7 @@ def nano_card(name: str, parameters: int, reports: dict[str, dict], real: dict[s
         for task, ways in own["pictures"].items()
     ]
     rows = []
-    for way, report in reports.items():
+    for way, report in compared.items():
         cells = [f"{report['answers'][kind]['value']:.1f}" for kind in ("modality", "closed", "open")]
         drawn = [ways["drawn"] for ways in report["pictures"].values()]
         means = (sum(result[metric]["value"] for result in drawn) / len(drawn) for metric in ("SSIM", "PSNR"))
@@ -104,7 +105,7 @@ def nano_card(name: str, parameters: int, reports: dict[str, dict], real: dict[s
         drawings=next(iter(own["pictures"].values()))["drawn"]["SSIM"]["count"],
         answers="\n".join(answers),
         pictures="\n".join(pictures),
-        comparison=COMPARISON.format(rows="\n".join(rows)) if len(reports) > 1 else "",
+        comparison=COMPARISON.format(rows="\n".join(rows)) if compared else "",
         real="\n".join(f"| {picture} | {' | '.join(texts)} |" for picture, texts in real.items()),
     )
 

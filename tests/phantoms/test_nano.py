@@ -82,8 +82,12 @@ def test_it_is_built_from_nothing_and_a_second_run_has_nothing_to_train(tmp_path
     assert {task: settings.kind for task, settings in model.config.tasks.items()} == nano.KINDS
     assert [model.config.tasks[task].token_tables for task in nano.KINDS] == [None, "generation"]
     card = (tmp_path / "small/README.md").read_text()
-    assert "| retina | " in card and json.loads((tmp_path / "work/three stages.json").read_text())["answers"]
-    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("trained.safetensors")}
+    assert "| retina | " in card and json.loads((tmp_path / "work/report.json").read_text())["answers"]
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "work/stages").rglob("trained.safetensors")}
     assert len(trained) == len(nano.STAGES)
-    nano.build(tmp_path / "work", tmp_path / "small", scale=0.003)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("trained.safetensors")} == trained
+    monkeypatch.setattr(nano, "WAYS", {"stage 1 alone": nano.STAGES[:1]})
+    nano.build(tmp_path / "work", tmp_path / "small", scale=0.003, compare=True)
+    assert {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "work/stages").rglob("trained.safetensors")
+    } == trained
+    assert "| stage 1 alone | " in (tmp_path / "small/README.md").read_text()

@@ -10,6 +10,7 @@ batch runs with is an argument of `forward` and `generate`; nothing of it stays 
 
 import copy
 import math
+import re
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -136,6 +137,29 @@ class HLoRALinear(nn.Module):
         return output + run_per_task(_routing.groups, lambda task, rows: self.plugins[task](rows), hidden_states)
 
 
+def shard_plugins(plan: dict[str, str], tasks: dict[str, TaskConfig]) -> dict[str, str]:
+    """
+    The language model's plan of tensor parallelism, for its wrapped linears and their plugins.
+
+    A linear that is split by its outputs splits B with it, one that is split by its inputs A and the router; all of them
+    take and give whole activations.
+    """
+    found = {}
+    for name, style in plan.items():
+        if style.startswith("colwise"):
+            parts, style = ("lora_B",), {"colwise": "colwise_gather_output"}.get(style, style)
+        elif style.startswith("rowwise"):
+            parts, style = ("lora_A", "lora_route"), {"rowwise": "rowwise_split_input"}.get(style, style)
+        else:
+            found[name] = style
+            continue
+        found[f"{name}.base_layer"] = style
+        for task in tasks:
+            wildcard = re.sub(r"\d+", "*", task)  # as transformers writes the names that it looks up
+            found |= {f"{name}.plugins.{wildcard}.{part}": style for part in parts}
+    return found
+
+
 class HealthGPTProjector(nn.Sequential):
     """`mlp2x_gelu`: vision features (..., vision hidden) -> token embeddings (..., hidden), with the exact GELU."""
 
@@ -250,6 +274,7 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
                     setattr(parent, name, HLoRALinear(child, config.tasks))
+        self.language_model._tp_plan = shard_plugins(self.language_model._tp_plan or {}, config.tasks)
         self.token_embeddings = nn.ModuleDict(
             {name: nn.Embedding(config.text_config.vocab_size, hidden_size) for name in config.token_tables}
         )
@@ -425,6 +450,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: HealthGPTConfig):
         super().__init__(config)

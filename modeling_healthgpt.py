@@ -169,6 +169,19 @@ class HealthGPTProjector(nn.Sequential):
         )
 
 
+def require_kernel(name: str, linear: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: if a 4-bit linear of bitsandbytes has sizes that the kernel of this processor cannot take.
+    """
+    fits = linear.in_features % 64 == 0 and linear.out_features % 32 == 0
+    if linear.weight.device.type == "cpu" and linear.support_avx512bf16_for_cpu and not fits:
+        raise ValueError(
+            f"{name} has {linear.in_features} inputs and {linear.out_features} outputs, but the 4-bit kernel of this "
+            "processor takes multiples of 64 and 32: load the model in 8 bits, or on a GPU."
+        )
+
+
 def keep_scales(linear: nn.Module) -> None:
     """
     Lets a 4-bit linear of bitsandbytes be saved as it was loaded, whatever happened since.
@@ -231,7 +244,8 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
         Loads a checkpoint whole, or not at all.
 
         Raises:
-            ValueError: if the checkpoint lacks a tensor, or has one of another shape or that this model has no place for.
+            ValueError: if the checkpoint lacks a tensor, or has one of another shape or that this model has no place for; or
+                if this processor's 4-bit kernel does not take its sizes.
         """
         kwargs["ignore_mismatched_sizes"] = True  # they are refused here, by name
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -242,8 +256,9 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
         ):
             if keys:
                 raise ValueError(f"The checkpoint {problem}, {len(keys)} in all: {', '.join(sorted(keys))}.")
-        for module in model.modules():
+        for name, module in model.named_modules():
             if type(module).__name__ == "Linear4bit":
+                require_kernel(name, module)
                 keep_scales(module)
         return (model, info) if output_loading_info else model
 

@@ -285,7 +285,8 @@ def check_forward(plan: Plan, folder: Path) -> None:
             "No task was tried: that takes %.1f GB of memory and %.1f GB are free.", needed / 1e9, available / 1e9
         )
         return
-    model = HealthGPTForConditionalGeneration.from_pretrained(folder)
+    with reading("The finished checkpoint"):
+        model = HealthGPTForConditionalGeneration.from_pretrained(folder)
     picture = Image.new("RGB", (64, 48), (90, 120, 150))
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
     for task in plan.config.tasks:

@@ -4,13 +4,14 @@ import threading
 
 import pytest
 import torch
-from conftest import cases_of, continuation, inputs_of
+from conftest import cases_of, continuation, inputs_of, sources_of, weights_of
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
 )
 
 from healthgpt import TaskConfig
+from healthgpt.hub_export import export
 from healthgpt.modeling_healthgpt import HLoRALinear, route
 
 
@@ -74,21 +75,45 @@ def test_rows_of_one_batch_run_with_their_own_tasks(m3):
     torch.testing.assert_close(pixels, torch.stack(expected).clamp(-1, 1), atol=1e-4, rtol=0)
 
 
-def test_offloaded_parts_draw_and_read_pictures(m3, checkpoints, tmp_path):
+@pytest.mark.parametrize("offloaded_bytes", [10**6, None])
+def test_offloaded_parts_do_what_they_do_in_memory(m3, checkpoints, tmp_path, offloaded_bytes):
+    """On the disk lie the last million bytes, the VQGAN among them, or everything."""
     checkpoint, model, processor = m3
+    memory = 0 if offloaded_bytes is None else model.get_memory_footprint() - offloaded_bytes
     offloaded = AutoModelForImageTextToText.from_pretrained(
         checkpoint.folder,
         trust_remote_code=True,
         device_map="auto",
-        max_memory={"cpu": model.get_memory_footprint() - 10**6},
-        offload_folder=tmp_path,
+        max_memory={"cpu": memory},
+        offload_folder=tmp_path / "offloaded",
     )
     assert offloaded.model.vqgan.quantize.embed.weight.is_meta
-    inputs = inputs_of(processor, checkpoint.cases[4])
-    sequences = offloaded.generate(**inputs, task="generation")
-    pixels = model.decode_image_tokens(sequences)
-    assert torch.equal(offloaded.decode_image_tokens(sequences), pixels)
-    assert torch.equal(offloaded.encode_image(pixels), model.encode_image(pixels))
+    assert offloaded.get_input_embeddings().weight.is_meta == (offloaded_bytes is None)
+    for case in checkpoint.cases:
+        inputs = inputs_of(processor, case)
+        sequences = offloaded.generate(**inputs, task=case["task"], max_new_tokens=case["max_new_tokens"])
+        assert sequences[0, inputs["input_ids"].shape[1] :].tolist() == case["generated_ids"]
+        if case["task"] == "generation":
+            pixels = model.decode_image_tokens(sequences)
+            assert torch.equal(offloaded.decode_image_tokens(sequences), pixels)
+            assert torch.equal(offloaded.encode_image(pixels), model.encode_image(pixels))
+    offloaded.save_pretrained(tmp_path / "again")
+    before, after = weights_of(checkpoint.folder), weights_of(tmp_path / "again")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("stored, asked", [("bfloat16", "float16"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_checkpoint_of_one_dtype_loads_in_another(checkpoints, tmp_path, stored, asked):
+    export(sources_of(checkpoints("m3").source), tmp_path / "stored", stored)
+    whole = weights_of(tmp_path / "stored")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stored", trust_remote_code=True, dtype=asked)
+    model.save_pretrained(tmp_path / "again")
+    again = weights_of(tmp_path / "again")
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], whole[name].to(getattr(torch, asked))) for name in whole)
+    if asked != "float16":  # which some processors cannot multiply
+        picture = model.generate(torch.tensor([[1, 2, 3]]), task="generation")
+        assert model.decode_image_tokens(picture).isfinite().all()
 
 
 def test_the_mode_names_the_task_in_forward_too(m3):

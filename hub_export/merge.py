@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import platform
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -249,8 +250,16 @@ def check_sources(plan: Plan, progress: Callable[[str, int], Advance]) -> list[d
         promised = path.resolve().name
         if len(promised) == 64 and promised != sha256:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is {sha256}, but the Hub has {promised}.")
-        records.append({"file": path.name, "bytes": path.stat().st_size, "sha256": sha256})
+        records.append({"file": name_of(path), "bytes": path.stat().st_size, "sha256": sha256})
     return records
+
+
+def name_of(path: Path) -> str:
+    """Repository, revision and name of a file in the Hub's cache; of any other its name and that of its folder."""
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/(\w+)/(.+)$", path.as_posix())
+    if cached:
+        return f"{cached[1]}/{cached[2]}@{cached[3]}/{cached[4]}"
+    return f"{path.absolute().parent.name}/{path.name}"
 
 
 def versions() -> dict[str, str]:

@@ -184,6 +184,9 @@ def test_sources_by_their_names_on_the_hub(hub, tmp_path):
     exported = python(hub, tmp_path, *main(*arguments, "--num-codes", 64))
     assert exported.returncode == 0, exported.stderr
     assert weights_of(tmp_path / "out").keys()
+    record = json.loads((tmp_path / "out/healthgpt_export.json").read_text())
+    [sha] = hub.repositories["tiny/base"]["shas"]
+    assert f"tiny/base@{sha}/model.safetensors" in [source["file"] for source in record["sources"]]
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.base_model == "tiny/base" and card.data.pipeline_tag == "image-text-to-text"
     asked = [path for method, path in hub.requests if "tiny/base" in path and "resolve" in path]

@@ -58,7 +58,7 @@ def test_shell_then_python(folder):
     assert Image.open(folder / "out.png").size == (32, 32)
     assert "| SSIM |" in (folder / "results/folders/results.md").read_text()
     python = snippets("python")
-    assert len(python) == 5
+    assert len(python) == 6
     script = "\n".join([*python, "assert pixels.shape == (2, 3, 32, 32)"])
     result = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

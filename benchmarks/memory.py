@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--tokens", type=int, default=32, help="length of the answer")
+    parser.add_argument("--no-drawing", action="store_true", help="answer only: a full-size picture is 1024 tokens")
     parser.add_argument("--picture", type=Path, default=ROOT / "tests/golden/images/ct.png")
     arguments = parser.parse_args()
     print(f"| precision | {' | '.join(COLUMNS.values())} |\n{'|---' * (len(COLUMNS) + 1)}|")
@@ -47,15 +48,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for precision in arguments.precisions:
             program = "import memory, sys; memory.run(*sys.argv[1:])"
-            options = [
-                arguments.checkpoint,
-                precision,
-                str(arguments.tokens),
-                f"{folder}/first.pt",
-                str(arguments.picture.absolute()),
-            ]
+            paths = [Path(arguments.checkpoint).absolute(), arguments.picture.absolute(), f"{folder}/first.pt"]
+            kinds = ["text"] if arguments.no_drawing else ["text", "image"]
+            options = [*paths, precision, arguments.tokens, *kinds]
             text = subprocess.run(
-                [sys.executable, "-c", program, str(Path(options[0]).absolute()), *options[1:]],
+                [sys.executable, "-c", program, *map(str, options)],
                 cwd=Path(__file__).parent,
                 check=True,
                 stdout=subprocess.PIPE,
@@ -68,7 +65,7 @@ def main() -> None:
     print(json.dumps(rows))
 
 
-def run(checkpoint: str, precision: str, tokens: str, first: str, path: str) -> None:
+def run(checkpoint: str, path: str, first: str, precision: str, tokens: str, *kinds: str) -> None:
     import torch
     from PIL import Image
     from skimage.metrics import peak_signal_noise_ratio
@@ -95,7 +92,7 @@ def run(checkpoint: str, precision: str, tokens: str, first: str, path: str) -> 
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, **options)
     row = {"load_seconds": time.perf_counter() - start, "resident_gigabytes": gigabytes("VmRSS")}
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-    by_kind = {settings.kind: task for task, settings in model.config.tasks.items()}
+    by_kind = {settings.kind: task for task, settings in model.config.tasks.items() if settings.kind in kinds}
     picture = Image.open(path)
 
     def prepare(task, text):

@@ -17,7 +17,7 @@ from .sources import CheckpointError
 from .write import Advance, save_tensors
 
 QUANTIZATIONS = ("4bit", "8bit")
-MAX_QUANTIZED_SHARD_BYTES = 2 * 10**9  # before quantising; what comes of them is held in memory
+MAX_QUANTIZED_SHARD_BYTES = 5 * 10**8  # before quantising; what comes of them is held in memory
 BASE_WEIGHT = ".base_layer.weight"
 BYTES_PER_WEIGHT = {"4bit": 0.52, "8bit": 1.01}  # with their scales; rounded up
 
@@ -57,7 +57,10 @@ def quantized_tensors(plan: Plan, transfer: Transfer, quantize: str) -> dict[str
     """A tensor of the plan as it is stored: as it is, or what bitsandbytes makes of the weight of a linear."""
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-    weight = torch.cat(list(transfer.pieces(plan.config.dtype)))
+    weight, start = torch.empty(transfer.shape, dtype=plan.config.dtype), 0
+    for piece in transfer.pieces(plan.config.dtype):
+        weight[start : start + len(piece)] = piece
+        start += len(piece)
     if not transfer.target.endswith(BASE_WEIGHT):
         return {transfer.target: weight}
     if quantize == "8bit":

@@ -25,6 +25,7 @@ from transformers.generation import (
 from .configuration_healthgpt import task_from_mode
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+CACHE_NAME = "cache" if TRANSFORMERS_VERSION >= (5, 24) else "past_key_values"
 
 
 class ImageTokenLogitsProcessor(LogitsProcessor):
@@ -48,9 +49,9 @@ class ImageTokenLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(draws.unsqueeze(1) & forbidden, -math.inf)
 
 
-def cached_length(past_key_values: Cache | None) -> int:
+def cached_length(cache: Cache | None) -> int:
     """Number of positions that a cache, kept from an earlier call, holds already."""
-    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 class RowLengthCriteria(StoppingCriteria):
@@ -120,7 +121,7 @@ class HealthGPTGenerationMixin(GenerationMixin):
             )
         tasks = self.model.tasks_of_rows(task, len(prompt))
         draws = torch.tensor([self.config.tasks[name].kind == "image" for name in tasks], device=prompt.device)
-        cached = cached_length(kwargs.get("past_key_values"))
+        cached = cached_length(kwargs.get("cache", kwargs.get("past_key_values")))
         if input_ids is not None and draws.any():
             input_ids, attention_mask = self._append_image_start(
                 input_ids, kwargs.get("attention_mask"), draws, cached
@@ -235,20 +236,18 @@ class HealthGPTGenerationMixin(GenerationMixin):
         input_ids,
         pixel_values=None,
         inputs_embeds=None,
-        past_key_values=None,
         is_first_iteration=False,
         **kwargs,
     ):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
         if pixel_values is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             starts = (input_ids == self.config.image_token_id).nonzero()[:: self.config.num_image_patches, 1]
-            cached = cached_length(past_key_values)
+            cached = cached_length(kwargs.get(CACHE_NAME))
             if ((starts < cached) & (cached < starts + self.config.num_image_patches)).any():
                 raise ValueError("The cache ends within a picture: crop it before or after.")
             pixel_values = pixel_values[starts >= cached]

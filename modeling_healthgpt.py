@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 
 from .configuration_healthgpt import HealthGPTConfig, TaskConfig, task_from_mode
-from .generation_healthgpt import HealthGPTGenerationMixin
+from .generation_healthgpt import CACHE_NAME, HealthGPTGenerationMixin
 from .vqgan_decoder import HealthGPTVQGAN
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["HealthGPTVQGAN"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -407,6 +407,7 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         task: str | list[str] | None = None,
         generation_mode: str | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -420,10 +421,12 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             task (`str` or `list[str]`, *optional*, defaults to `"comprehension"`): One name in `config.tasks`, or one per
                 row.
             generation_mode (`str`, *optional*): `"text"` means task `"comprehension"`, `"image"` task `"generation"`.
+            cache (`Cache`, *optional*): What transformers calls `past_key_values` from 5.24 on; either name may be used.
 
         Raises:
             ValueError: if a task is unknown, or prompts and pictures do not fit each other.
         """
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         batch_size = len(input_ids) if inputs_embeds is None else len(inputs_embeds)
@@ -443,7 +446,7 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             image_mask = image_mask.unsqueeze(-1).to(inputs_embeds.device)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, features)
-        elif input_ids is not None and past_key_values is None:
+        elif input_ids is not None and cache is None:
             self.get_placeholder_mask(input_ids, None)
 
         with route(group_by_task(tasks, inputs_embeds.device)):
@@ -451,7 +454,7 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
 
@@ -511,6 +514,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
         task: str | list[str] | None = None,
         generation_mode: str | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -537,6 +541,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             task=task,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -562,7 +567,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

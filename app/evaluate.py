@@ -98,7 +98,7 @@ def draw(
             model, processor, samples, output / "drawn", records, batch_size, lambda n: progress.advance(bar, n)
         )
     pairs = [(output / f"drawn/{number}.png", sample["target_image"]) for number, sample in enumerate(samples)]
-    report_pairs(pairs, output, name, settings, lpips)
+    report_pairs(pairs, output, name, settings, lpips, resize=True)
 
 
 @evaluation.command("pictures")
@@ -114,24 +114,14 @@ def pictures(
 
     Example: healthgpt eval pictures drawn true -o results/ct_to_mri --name ct_to_mri_brain
     """
-    from PIL import Image
-
     from ..evaluation import pair_folders
 
-    pairs = pair_folders(drawn, true)
-    for left, right in pairs:
-        sizes = []
-        for path in (left, right):
-            with Image.open(path) as picture:
-                sizes.append(picture.size)
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"{left} has {sizes[0]} pixels and {right} {sizes[1]}: they cannot be compared.")
-    output.mkdir(parents=True, exist_ok=True)
-    report_pairs(pairs, output, name, {"drawn": str(drawn), "true": str(true)}, lpips)
+    settings = {"drawn": str(drawn), "true": str(true)}
+    report_pairs(pair_folders(drawn, true), output, name, settings, lpips, resize=False)
 
 
-def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool) -> None:
-    """Compares pairs of files, true pictures brought to the size of the drawn ones."""
+def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool, resize: bool) -> None:
+    """Compares pairs of files; `resize` brings true pictures to the size of the drawn ones, which else must be theirs."""
     from PIL import Image
 
     from ..evaluation import compare_pictures, load_lpips, summarise_pictures, write_report
@@ -142,10 +132,14 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool) ->
     with bars() as progress:
         for paths in progress.track(pairs, description="Comparing"):
             drawn, true = (load_picture(path, math.inf) for path in paths)
-            if true.size != drawn.size:
+            if resize and true.size != drawn.size:
                 true = true.resize(drawn.size, Image.Resampling.LANCZOS)
+            elif true.size != drawn.size:
+                left, right = paths
+                raise ValueError(f"{left} has {drawn.size} pixels and {right} {true.size}: they cannot be compared.")
             score = compare_pictures(drawn, true)
             scores.append(score | ({"LPIPS": measure(drawn, true)} if lpips else {}))
+    output.mkdir(parents=True, exist_ok=True)
     typer.echo(write_report(output, name, summarise_pictures(scores), settings))
 
 

@@ -37,7 +37,7 @@ def answer_items(
         `list[dict]`: For every item its `name`, `kind`, `group`, `question`, `truth`, `answer`, `right` and `recall`.
 
     Raises:
-        ValueError: if there are no questions, or a record is that of another question.
+        ValueError: if there are no questions.
     """
     if not items:
         raise ValueError("There are no questions to answer.")

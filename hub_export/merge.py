@@ -7,6 +7,7 @@ Everything happens in a partial folder beside the output, which gets its name at
 finished folder. The same export started again goes on from the weight files that were finished.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -154,7 +155,9 @@ def export(
         if not any(partial.rglob("*.safetensors")):
             shutil.rmtree(partial)
         raise
-    except Exception:  # whatever went wrong, nothing half written stays; only an interruption may be resumed
+    except Exception:
+        # Nothing is swallowed: the error goes on as it came, once the half-written folder is gone. KeyboardInterrupt and
+        # SystemExit are no Exception, hence an interrupted export keeps its folder and can go on from there.
         shutil.rmtree(partial)
         raise
     finally:
@@ -170,24 +173,24 @@ def fill(partial, plan, fingerprint, quantize, progress) -> dict:
         write_json(partial / RECORD_NAME, {"fingerprint": fingerprint})
     require_space(plan, partial, quantize)
     checksums = check_sources(plan, progress)
-    shards = split_into_shards(plan, MAX_SHARD_BYTES if quantize is None else MAX_QUANTIZED_SHARD_BYTES)
-    advance = progress("Writing" if quantize is None else "Quantising", plan.total_bytes)
+    if quantize is None:
+        stage, max_bytes, write, verify = "Writing", MAX_SHARD_BYTES, write_shard, verify_shard
+    else:
+        stage, max_bytes = "Quantising", MAX_QUANTIZED_SHARD_BYTES
+        write = functools.partial(write_quantized_shard, quantize=quantize)
+        verify = functools.partial(verify_quantized_shard, quantize=quantize)
+        plan.config.quantization_config = quantization_config(quantize, plan.config.dtype)
+    shards = split_into_shards(plan, max_bytes)
+    advance = progress(stage, plan.total_bytes)
     for shard, transfers in shards.items():
         if (partial / shard).exists():
             advance(sum(map(plan.nbytes, transfers)))
-        elif quantize is None:
-            write_shard(plan, transfers, partial / shard, advance)
         else:
-            write_quantized_shard(plan, transfers, partial / shard, advance, quantize)
+            write(plan, transfers, partial / shard, advance)
     write_index(partial, list(shards))
     advance = progress("Verifying", plan.total_bytes)
     for shard, transfers in shards.items():
-        if quantize is None:
-            verify_shard(plan, transfers, partial / shard, advance)
-        else:
-            verify_quantized_shard(plan, transfers, partial / shard, advance, quantize)
-    if quantize is not None:
-        plan.config.quantization_config = quantization_config(quantize, plan.config.dtype)
+        verify(plan, transfers, partial / shard, advance)
     write_files(plan, partial)
     return {"fingerprint": fingerprint, "quantize": quantize, "sources": checksums, "versions": versions()}
 

@@ -125,6 +125,14 @@ class Transfer:
             mean = (row_sums / kept).to(self.tensor.dtype)
             yield self._convert(mean, dtype).expand(total - kept, -1).contiguous()
 
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole tensor as it is written; see `pieces`."""
+        tensor, start = torch.empty(self.shape, dtype=dtype), 0
+        for piece in self.pieces(dtype):
+            tensor[start : start + len(piece)] = piece
+            start += len(piece)
+        return tensor
+
     def _convert(self, piece, dtype):
         converted = piece.to(dtype)
         if converted.dtype != piece.dtype and not is_finite(converted):

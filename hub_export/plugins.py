@@ -212,7 +212,7 @@ def read_published(
     if fusion is not None:
         task.token_tables = free_tables(name, config)
         transfers += transfers_of(read_file(fusion), rules.fusion(task.token_tables), fusion)[0]
-    return name, task, {transfer.target: torch.cat(list(transfer.pieces(config.dtype))) for transfer in transfers}
+    return name, task, {transfer.target: transfer.read(config.dtype) for transfer in transfers}
 
 
 def free_tables(name: str, config: HealthGPTConfig) -> str:

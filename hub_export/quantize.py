@@ -57,10 +57,7 @@ def quantized_tensors(plan: Plan, transfer: Transfer, quantize: str) -> dict[str
     """A tensor of the plan as it is stored: as it is, or what bitsandbytes makes of the weight of a linear."""
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-    weight, start = torch.empty(transfer.shape, dtype=plan.config.dtype), 0
-    for piece in transfer.pieces(plan.config.dtype):
-        weight[start : start + len(piece)] = piece
-        start += len(piece)
+    weight = transfer.read(plan.config.dtype)
     if not transfer.target.endswith(BASE_WEIGHT):
         return {transfer.target: weight}
     if quantize == "8bit":

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from healthgpt.hub_export import ExportSources, export
+from healthgpt.hub_export import CheckpointError, ExportSources, export
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINTS = ["m3", "l14", "xl32", "made_m3", "made_l14", "made_xl32"]
@@ -105,6 +105,22 @@ def continuation(sequences, prompt_length, case):
 
 def cases_of(checkpoint, *names):
     return [next(case for case in checkpoint.cases if case["name"] == name) for name in names]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A copy of the golden M3 files that a test may spoil, and where to export them."""
+    shutil.copytree(GOLDEN / "m3", tmp_path / "m3")
+    return sources_of(tmp_path / "m3"), tmp_path / "out"
+
+
+def refused(sources, output, message, **options):
+    """Exports, expects one clear sentence, and that nothing was written beside the sources."""
+    before = {path for path in output.parent.rglob("*") if "m3" not in path.parts}
+    with pytest.raises(CheckpointError, match=message) as error:
+        export(sources, output, **options)
+    assert "\n" not in str(error.value)
+    assert {path for path in output.parent.rglob("*") if "m3" not in path.parts} == before
 
 
 @contextmanager

@@ -22,7 +22,10 @@ def processor(checkpoints):
     return AutoProcessor.from_pretrained(checkpoints("m3").folder, trust_remote_code=True)
 
 
-@pytest.mark.skipif(not PHI3.exists(), reason="Phi-3's own vocabulary is not part of this repository")
+@pytest.mark.skipif(
+    not PHI3.exists(),
+    reason="needs Microsoft's tokenizer.model of Phi-3 beside the repository; the golden m3 shows the same with a small one",
+)
 def test_true_phi3_vocabulary_gives_the_published_ids(processor):
     content = json.loads((PHI3 / "prompts.json").read_text())
     tokenizer = build_tokenizer(PHI3 / "tokenizer")

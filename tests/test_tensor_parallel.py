@@ -63,6 +63,11 @@ def test_two_processes_give_what_one_gives(checkpoints, load, tmp_path, name):
     for task in model.config.tasks:
         assert f"mlp.down_proj.plugins.{task}.lora_A.weight" in shared
         assert f"self_attn.o_proj.plugins.{task}.lora_route.weight" in shared
-        first = "self_attn.qkv_proj" if name == "m3" else "self_attn.q_proj"
+        first = (
+            "self_attn.qkv_proj"
+            if hasattr(model.model.language_model.layers[0].self_attn, "qkv_proj")
+            else "self_attn.q_proj"
+        )
         assert f"{first}.plugins.{task}.lora_B.weight" in shared and f"{first}.base_layer.weight" in shared
-    assert all(value.item() == 0.5 for key, value in results.items() if key.endswith(" share"))
+    # Half of every dimension that two divides, else the larger half is held by the first process.
+    assert all(0.5 <= value.item() < 0.7 for key, value in results.items() if key.endswith(" share"))

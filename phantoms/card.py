@@ -26,7 +26,7 @@ shows that the package works, without any download.
 
 Seven modalities (X-ray, CT, MRI, microscopy, OCT, fundus, ultrasound) with known anatomy and findings, questions with true answers and
 true pairs for five drawing tasks, all from `healthgpt.phantoms`. Training, validation and test share no seed. `make nano` trains it
-in about 65 minutes on two processor cores: language model, vision tower and VQGAN first, then the three stages of HealthGPT with the
+within an hour on two processor cores: language model, vision tower and VQGAN first, then the three stages of HealthGPT with the
 package's own training code.
 
 ## On the test split
@@ -52,8 +52,8 @@ Pictures that nobody here drew, which it was never meant for:
 |---|---|---|
 {real}
 """
-COMPARISON = """Ways of training it, as the paper compares them, each anew and with a quarter of the steps of the model above (accuracies in percent,
-then the mean of SSIM and PSNR over the drawing tasks; the mixed stage has the steps of the three together):
+COMPARISON = """Ways of training it, as the paper compares them (accuracies in percent, then the mean of SSIM and PSNR over the drawing tasks; the
+mixed stage has as many steps as the three together):
 
 | way | modality | finding, yes or no | finding, open | drawing |
 |---|---|---|---|---|
@@ -72,7 +72,7 @@ def nano_card(
         name (`str`): Folder from which the snippet loads.
         parameters (`int`): Number of parameters.
         own (`dict[str, dict]`): `answers` and `pictures` of [`report_answers`] and [`report_pictures`].
-        compared (`dict[str, dict]`): The same by ways of training, if these were compared.
+        compared (`dict[str, dict]`): The same by other ways of training, if these were compared.
         real (`dict[str, tuple[str, str]]`): Its modality and its description of real pictures, by name.
     """
     data = ModelCardData(
@@ -91,7 +91,7 @@ def nano_card(
         for task, ways in own["pictures"].items()
     ]
     rows = []
-    for way, report in compared.items():
+    for way, report in {"three stages": own, **compared}.items():
         cells = [f"{report['answers'][kind]['value']:.1f}" for kind in ("modality", "closed", "open")]
         drawn = [ways["drawn"] for ways in report["pictures"].values()]
         means = (sum(result[metric]["value"] for result in drawn) / len(drawn) for metric in ("SSIM", "PSNR"))

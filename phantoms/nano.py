@@ -74,13 +74,11 @@ STAGES = (
     ),
     Stage("fusion", ("comprehension", "generation"), (), Recipe({"token_tables": 5e-3}, 16, 0.0, "constant"), 400),
     Stage("instruction_text", ("comprehension",), (), Recipe({"projector": 1e-3, "plugin": 2e-3}, 16, 0.0), 600),
-    Stage("instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0), 5000),
+    Stage("instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0), 4000),
 )
 
 MIXED = Recipe({"projector": 1e-3, "plugin": 2e-3, "token_tables": 5e-3}, 16, 0.0)
-COMPARED_SHARE = 0.25
 WAYS = {
-    "three stages": STAGES,
     "stage 1 alone": STAGES[:2],
     "without stage 2": STAGES[:2] + STAGES[3:],
     "one mixed stage": (
@@ -114,7 +112,7 @@ def build(work: Path, output: Path, scale: float = 1.0, compare: bool = False) -
     (work / "compared").mkdir(exist_ok=True)
     for way, stages in WAYS.items() if compare else ():
         log(way)
-        trained = run_stages(work, work / "compared", stages, COMPARED_SHARE * scale, log)
+        trained = run_stages(work, work / "stages", stages, scale, log)
         measure(*trained, work / f"compared/{way}.json", scale, log)
     compared = {way: work / f"compared/{way}.json" for way in WAYS}
     compared = {way: json.loads(path.read_text()) for way, path in compared.items() if path.exists()}
@@ -134,7 +132,7 @@ def build_parts(work: Path, scale: float, log: Log) -> None:
     count = max(round(12000 * scale), 600)
     for name, make in (
         ("base", lambda folder: build_base(folder, log, share(1500, scale))),
-        ("vision", lambda folder: build_vision(folder, log, share(5000, scale), count)),
+        ("vision", lambda folder: build_vision(folder, log, share(4000, scale), count)),
         ("vqgan", lambda folder: build_vqgan(folder, log, share(1500, scale), count)),
         ("data", lambda folder: write_data(folder, scale)),
     ):

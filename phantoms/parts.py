@@ -65,7 +65,7 @@ def draw_pictures(subject: str, count: int) -> tuple[torch.Tensor, torch.LongTen
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255, torch.tensor(labels)
 
 
-def build_vqgan(folder: Path, log: Log, steps: int = 1500, count: int = 12000) -> None:
+def build_vqgan(folder: Path, log: Log, steps: int, count: int) -> None:
     """
     Trains the VQGAN: first without a codebook, then with one that follows the latents (k-means by running means, unused codes
     drawn anew). Its `proj` scores a code by its distance, so that the published argmax picks the nearest. In place of a
@@ -160,7 +160,7 @@ class Codebook:
         return number, torch.zeros_like(self.codes).index_add_(0, nearest, latents)
 
 
-def build_vision(folder: Path, log: Log, steps: int = 3000, count: int = 12000) -> None:
+def build_vision(folder: Path, log: Log, steps: int, count: int) -> None:
     """Trains the tower: its late patches tell finding and side, those of its first block the pixels."""
     torch.manual_seed(1)
     config = CLIPVisionConfig(
@@ -204,7 +204,7 @@ def build_vision(folder: Path, log: Log, steps: int = 3000, count: int = 12000) 
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-def build_base(folder: Path, log: Log, steps: int = 2500) -> None:
+def build_base(folder: Path, log: Log, steps: int) -> None:
     """Trains the language model on reports with questions, and on repeating what stands in the prompt."""
     torch.manual_seed(2)
     folder.mkdir(parents=True)

@@ -62,7 +62,6 @@ def attention_over_pictures(
             input_ids=sequences[:, :-1],
             pixel_values=inputs["pixel_values"],
             attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(dim=-1) - 1).clamp(min=0),
             task=task,
             use_cache=False,
             logits_to_keep=1,

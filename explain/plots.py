@@ -72,7 +72,7 @@ def plot_attention(
         for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
     )
     picture = (pixel_values.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    attention = attention.float().cpu()
+    attention = attention.float().cpu().numpy()
     norm = Normalize(0, attention.max())
     rows = -(-(len(attention) + 1) // COLUMNS)
     columns = min(len(attention) + 1, COLUMNS)

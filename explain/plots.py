@@ -86,6 +86,7 @@ def plot_attention(
         panel.imshow(picture.mean(axis=-1), cmap="gray", vmin=0, vmax=1, extent=(0, 1, 0, 1))
         heat = panel.imshow(grid, norm=norm, cmap=HEAT, extent=(0, 1, 0, 1))
         text = processor.decode([token])
-        panel.set_title(f"{text.strip() or repr(text)}\n{grid.sum():.0%}", fontsize=9, parse_math=False)
+        name = text.strip() if text.strip() and text.isprintable() else repr(text)
+        panel.set_title(f"{name}\n{grid.sum():.0%}", fontsize=9, parse_math=False)
     figure.colorbar(heat, ax=panels, label="attention to a patch", format=PercentFormatter(1))
     return figure

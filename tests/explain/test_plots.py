@@ -41,7 +41,7 @@ def test_attention_is_drawn_over_what_the_tower_sees(num_tokens, m3, tmp_path):
     [pixels] = inputs_of(processor, case)["pixel_values"]
     torch.manual_seed(0)
     attention = torch.rand(num_tokens, 4, 4) / 16
-    sequence = torch.tensor(case["input_ids"][-20:] + case["generated_ids"])
+    sequence = torch.tensor([*case["input_ids"], 369, 19, 467])
     figure = plot_attention(processor, pixels, attention, sequence)
     [picture], *panels = images_of(figure)[: num_tokens + 1]
     settings = processor.image_processor
@@ -51,10 +51,9 @@ def test_attention_is_drawn_over_what_the_tower_sees(num_tokens, m3, tmp_path):
         np.testing.assert_allclose(grey, picture.mean(axis=-1))
         np.testing.assert_array_equal(heat, expected.numpy())
     assert not any(images_of(figure)[num_tokens + 1 :])
-    titles = [axes.get_title().split("\n") for axes in figure.axes[1 : num_tokens + 1]]
-    for title, id, grid in zip(titles, sequence[-num_tokens:], attention, strict=True):
-        assert title == [processor.decode([id]).strip() or repr(processor.decode([id])), f"{grid.sum():.0%}"]
-    assert not any(
-        axes.title.get_parse_math() for axes in figure.axes[1 : num_tokens + 1]
-    )  # a token such as $$ is no formula
+    titles = [axes.get_title() for axes in figure.axes[1 : num_tokens + 1]]
+    names = ["u", "re", "?", "<|end|>", "<|assistant|>", "ema", "'\\x10'", "<|end|>"][-num_tokens:]
+    assert titles == [f"{name}\n{grid.sum():.0%}" for name, grid in zip(names, attention, strict=True)]
+    # a token such as $$ is no formula
+    assert not any(axes.title.get_parse_math() for axes in figure.axes[1 : num_tokens + 1])
     figure.savefig(tmp_path / "attention.png")

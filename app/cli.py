@@ -11,14 +11,26 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .common import NANO, Checkpoint, Device, Dtype, count_parameters, load, prepare, require_checkpoint, require_kind
+from .common import (
+    NANO,
+    Checkpoint,
+    Device,
+    Dtype,
+    count_parameters,
+    load,
+    prepare,
+    read_messages,
+    require_checkpoint,
+    require_kind,
+)
 from .evaluate import evaluation
+from .explain import explain
 from .export import export, plugins, push
 from .train import train
 
 # Packages that only some commands need, and the extra that brings them.
 EXTRA_OF = {"accelerate": "train", "datasets": "train", "tensorboard": "train", "sentencepiece": "export"}
-EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval"}
+EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval", "matplotlib": "plot"}
 
 app = typer.Typer(
     name="healthgpt",
@@ -29,6 +41,7 @@ app = typer.Typer(
 )
 app.command()(export)
 app.command()(push)
+app.command()(explain)
 app.command()(train)
 app.add_typer(evaluation, name="eval")
 app.add_typer(plugins, name="plugin")
@@ -146,20 +159,6 @@ def info(
     for name, count in {**parts, "total": sum(parts.values())}.items():
         sizes.add_row(name, f"{count:,}")
     console.print(sizes)
-
-
-def read_messages(arguments: list[str]) -> list[dict]:
-    """One message of pictures and text from the arguments of `ask` and `draw`."""
-    *paths, text = arguments
-    if os.path.isfile(text):
-        raise ValueError(
-            f"The last argument is the text, but {text!r} is a file: add a question or instruction after it."
-        )
-    for path in paths:
-        if not os.path.isfile(path):
-            raise ValueError(f"There is no picture file {path!r}.")
-    pictures = [{"type": "image", "image": path} for path in paths]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
 
 
 def main() -> None:

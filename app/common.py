@@ -75,6 +75,20 @@ def require_kind(model, task: str, kind: str) -> None:
         raise ValueError(f"This checkpoint has no task {task!r} that {verb}; those that do: {able}.")
 
 
+def read_messages(arguments: list[str]) -> list[dict]:
+    """One message of pictures and text from the arguments of `ask`, `draw` and `explain`."""
+    *paths, text = arguments
+    if os.path.isfile(text):
+        raise ValueError(
+            f"The last argument is the text, but {text!r} is a file: add a question or instruction after it."
+        )
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ValueError(f"There is no picture file {path!r}.")
+    pictures = [{"type": "image", "image": path} for path in paths]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+
+
 def prepare(model, processor, messages: list[dict], task: str):
     """Model inputs of one conversation on the model's device."""
     inputs = processor.apply_chat_template(

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 def test_shell_then_python(folder):
     shell = snippets("bash")
-    assert len(shell) == 5
+    assert len(shell) == 6
     program = f"{sys.executable} -c 'from healthgpt.app.cli import main; main()'"
     for script in shell:
         start = f'set -e\nhealthgpt() {{ {program} "$@"; }}\ntorchrun() {{ {sys.executable} -m torch.distributed.run "$@"; }}'
@@ -56,14 +56,17 @@ def test_shell_then_python(folder):
         result = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stderr
     assert Image.open(folder / "out.png").size == (32, 32)
+    assert {path.name for path in (folder / "explained").iterdir()} == {"routing.png", "attention_0.png"}
     assert "| SSIM |" in (folder / "results/folders/results.md").read_text()
     python = snippets("python")
-    assert len(python) == 6
+    assert len(python) == 7
     script = "\n".join([*python, "assert pixels.shape == (2, 3, 32, 32)"])
     result = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     for name in ("reconstruction.png", "drawn.png"):
         assert Image.open(folder / name).size == (32, 32)
+    for name in ("routing.png", "attention.png"):
+        assert (folder / name).is_file()
 
 
 def test_every_link_inside_the_repository_leads_somewhere():

@@ -1,0 +1,48 @@
+"""`healthgpt explain`: an answer, and figures of what the model did for it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import NANO, Checkpoint, Device, Dtype, load, prepare, read_messages, require_kind
+
+
+def explain(
+    arguments: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")],
+    checkpoint: Checkpoint = NANO,
+    task: Annotated[str, typer.Option(help="A task of the checkpoint that answers in words.")] = "comprehension",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """
+    Answers a question and draws how the routers weighed the experts and where each token of the answer looked.
+
+    Writes routing.png, and attention_0.png, attention_1.png, ... for the pictures.
+
+    Example: healthgpt explain -c HealthGPT-M3 chest.png "Is there a pleural effusion?" -o explained
+    """
+    from ..explain import attention_over_pictures, trace_routing
+    from ..explain.plots import plot_attention, plot_routing
+
+    if output.is_file():
+        raise ValueError(f"{output} is a file: name a folder for the figures.")
+    messages = read_messages(arguments)
+    model, processor = load(checkpoint, device, dtype)
+    require_kind(model, task, "text")
+    inputs = prepare(model, processor, messages, task)
+    with trace_routing(model) as routing:
+        sequences = model.generate(**inputs, task=task, max_new_tokens=max_new_tokens)
+    figures = {"routing.png": plot_routing(routing[task])}
+    if "pixel_values" in inputs:
+        attention = attention_over_pictures(model, inputs, sequences, task)
+        for number, (pixels, grids) in enumerate(zip(inputs["pixel_values"], attention, strict=True)):
+            figures[f"attention_{number}.png"] = plot_attention(processor, pixels, grids, sequences[0])
+    answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    typer.echo(answer.strip())
+    output.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(output / name, dpi=150)
+        typer.echo(output / name)

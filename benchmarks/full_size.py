@@ -2,11 +2,12 @@
 Exports HealthGPT at full size from synthetic files with the published names, shapes and dtypes.
 
     python benchmarks/full_size.py m3 --folder /tmp/full --run
+    python benchmarks/full_size.py l14 --folder /tmp/full --quantize 4bit --run
     python benchmarks/full_size.py xl32 --folder /tmp/full
 
 Makes the files if they are not there, exports them in a process of its own, copies the result with `cp`, and prints one JSON
-line: seconds per stage, peak memory, speed beside that of `cp`. With `--run` the checkpoint is then loaded, answers and draws
-once. M3's files hold random numbers; those of L14 and XL32 are sparse files of zeros, which take no room on the disk.
+line: seconds per stage, peak memory, speed beside that of `cp`, bytes beside those of the bare base. With `--run` the checkpoint
+is then loaded, answers and draws once. M3's files hold random numbers; those of L14 and XL32 are sparse files of zeros, which take no room on the disk.
 """
 
 import argparse
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the files are made")
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="holds checkpoint_manifests.json")
     parser.add_argument("--base-format", choices=["safetensors", "bin"], default="safetensors")
+    parser.add_argument("--quantize", choices=["8bit", "4bit"], help="as in healthgpt export")
     parser.add_argument("--run", action="store_true", help="load the checkpoint, answer and draw once")
     arguments = parser.parse_args()
     manifests = json.loads((arguments.shared / "checkpoint_manifests.json").read_text())
@@ -54,9 +56,12 @@ def main() -> None:
     shutil.rmtree(output, ignore_errors=True)
     result = {"model": arguments.model, "base_format": arguments.base_format}
     os.sync()  # neither waits for what was written before it
-    result |= child("export", source, output)
+    result |= child("export", source, output, arguments.quantize or "")
     os.sync()
     result["cp_seconds"] = time_cp(output)
+    base = manifests["files"][f"{arguments.model}_base"].values()
+    base = sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in base)
+    result["bytes_beside_base"] = round(result["gigabytes"] * 1e9 / base, 2)
     result["speed_beside_cp"] = round(result["cp_seconds"] / result["Writing_seconds"], 2)
     if arguments.run:
         result |= child("run", output)
@@ -78,7 +83,7 @@ def peak_gigabytes() -> float:
     return round(int(peak[1]) * 1024 / 1e9, 3)
 
 
-def export(source: str, output: str) -> None:
+def export(source: str, output: str, quantize: str) -> None:
     from healthgpt.hub_export import ExportSources
     from healthgpt.hub_export import export as run
 
@@ -97,15 +102,17 @@ def export(source: str, output: str) -> None:
         return lambda nbytes: None
 
     start = time.perf_counter()
-    plan = run(
+    run(
         ExportSources(source / "base", source / "vision", source / "com.bin", **optional),
         output,
+        quantize=quantize or None,
         skip_forward=True,
         progress=progress,
     )
     ends = [begin for _, begin in stages[1:]] + [time.perf_counter()]
     result = {f"{stage}_seconds": round(end - begin, 1) for (stage, begin), end in zip(stages, ends, strict=True)}
-    result |= {"seconds": round(time.perf_counter() - start, 1), "gigabytes": round(plan.total_bytes / 1e9, 2)}
+    nbytes = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
+    result |= {"seconds": round(time.perf_counter() - start, 1), "gigabytes": round(nbytes / 1e9, 2)}
     print(json.dumps(result | {"peak_gigabytes": peak_gigabytes()}))
 
 

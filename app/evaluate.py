@@ -1,7 +1,6 @@
 """`healthgpt eval`: answers scored on benchmarks, pictures compared with true ones."""
 
 import itertools
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -125,13 +124,13 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool, re
     from PIL import Image
 
     from ..evaluation import compare_pictures, load_lpips, summarise_pictures, write_report
-    from ..processing_healthgpt import load_picture
+    from ..medical import open_picture
 
     measure = load_lpips() if lpips else None
     scores = []
     with bars() as progress:
         for paths in progress.track(pairs, description="Comparing"):
-            drawn, true = (load_picture(path, math.inf) for path in paths)
+            drawn, true = (open_picture(path) for path in paths)
             if resize and true.size != drawn.size:
                 true = true.resize(drawn.size, Image.Resampling.LANCZOS)
             elif true.size != drawn.size:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
+from ..medical import open_picture
 from .answers import mean_of
 from .records import Records
 
@@ -114,7 +115,7 @@ def draw_samples(
         tasks = [samples[number]["task"] for number in numbers]
         conversations = []
         for number in numbers:
-            pictures = [{"type": "image", "image": path} for path in samples[number]["input_image"]]
+            pictures = [{"type": "image", "image": open_picture(path)} for path in samples[number]["input_image"]]
             content = [*pictures, {"type": "text", "text": samples[number]["instruction"]}]
             conversations.append([{"role": "user", "content": content}])
         inputs = processor.apply_chat_template(

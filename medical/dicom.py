@@ -1,5 +1,11 @@
 """DICOM: pixels through the Modality LUT and the VOI LUT of the file (PS3.3 C.11)."""
 
+import copy
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +50,7 @@ TAGS = (
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 )
+LOGGER, LOCK = logging.getLogger("pydicom"), threading.Lock()
 
 
 class DicomFile:
@@ -65,8 +72,10 @@ class DicomFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.data = dcmread(path, specific_tags=[tag_for_keyword(keyword) for keyword in TAGS])
-            self.num_frames = int(self.data.get("NumberOfFrames") or 1)
+            with silence():
+                self.data = dcmread(path, specific_tags=[tag_for_keyword(keyword) for keyword in TAGS])
+                self.syntax = self.data.file_meta.TransferSyntaxUID
+                self.num_frames = int(self.data.get("NumberOfFrames") or 1)
         except Exception:  # pydicom raises a dozen types, with messages that may quote the file
             raise ValueError(f"{str(path)!r} is a DICOM file that cannot be read: it is damaged.") from None
         if not any(keyword in self.data for keyword in PIXELS):
@@ -83,33 +92,36 @@ class DicomFile:
                 f"{str(self.path)!r} is a DICOM file of a photometric interpretation that cannot be shown; those that can: "
                 f"{', '.join((*GREYS, *COLOURS, 'PALETTE COLOR'))}."
             )
-        self._require_decoder()
+        missing = self._missing_decoders()
         try:
-            values = pixel_array(self.data, index=frame)
-            if photometric in GREYS:
-                return Image.fromarray(self._greys(values, frame))
-            depth = self.data.BitsStored
-            if photometric == "PALETTE COLOR":
-                values, depth = apply_color_lut(values, self.data), self.data.RedPaletteColorLookupTableDescriptor[2]
-            return Image.fromarray((values >> max(depth - 8, 0)).astype(np.uint8))
+            with silence():
+                values = pixel_array(self.data, index=frame)
+                if photometric in GREYS:
+                    return Image.fromarray(self._greys(values, frame))
+                depth = self.data.BitsStored
+                if photometric == "PALETTE COLOR":
+                    values = apply_color_lut(values, self.data)
+                    depth = self.data.RedPaletteColorLookupTableDescriptor[2]
+                return Image.fromarray((values >> max(depth - 8, 0)).astype(np.uint8))
         except Exception:  # as above; decoders have types of their own
+            reason = "it is damaged" + (f", or needs a decoder that is not installed: {missing}" if missing else "")
             raise ValueError(
-                f"{str(self.path)!r} is a DICOM file whose pixels cannot be decoded: it is damaged, or compressed in a way "
-                "that the installed decoders do not know."
+                f"{str(self.path)!r} is a DICOM file whose pixels cannot be decoded: {reason}."
             ) from None
 
-    def _require_decoder(self) -> None:
-        """Refuses a compression that nothing installed reads, and says what to install."""
-        syntax = self.data.file_meta.TransferSyntaxUID
+    def _missing_decoders(self) -> str:
+        """What could be installed for the file's compression; refuses one that nothing installed reads."""
         try:
-            decoder = get_decoder(syntax)
+            decoder = get_decoder(self.syntax)
         except NotImplementedError:
-            raise ValueError(f"{str(self.path)!r} is compressed as {syntax.name}, which pydicom does not read.") from None
+            raise ValueError(f"{str(self.path)!r} is compressed as {self.syntax.name}, which pydicom does not read.") from None
+        missing = "; ".join(decoder.missing_dependencies) if self.syntax.is_encapsulated else ""
         if not decoder.is_available:
             raise ValueError(
-                f"{str(self.path)!r} is compressed as {syntax.name}, and the decoders for it are not installed; one of them "
-                f"suffices: {'; '.join(decoder.missing_dependencies)}."
+                f"{str(self.path)!r} is compressed as {self.syntax.name}, and no decoder for it is installed; one suffices: "
+                f"{missing}."
             )
+        return missing
 
     def _greys(self, values: np.ndarray, frame: int) -> np.ndarray:
         tags = self._tags_of(frame)
@@ -120,7 +132,10 @@ class DicomFile:
             tags.pop(keyword, None)
         tags.BitsStored, tags.PixelRepresentation = 8, 0
         if tags.get("VOILUTSequence"):
-            depth = tags.VOILUTSequence[0].LUTDescriptor[2]
+            table = copy.deepcopy(tags.VOILUTSequence[0])
+            entries, first, depth = table.LUTDescriptor
+            table.LUTDescriptor = [entries, first, 16]  # pydicom counts into tables of 8 bits with 8 bits
+            tags.VOILUTSequence = [table]
             greys = to_greys(apply_voi_lut(values, tags), 0, 2**depth - 1)
         elif tags.get("WindowCenter") is not None and tags.get("WindowWidth") is not None:
             greys = to_greys(apply_voi_lut(values, tags), 0, 255)
@@ -148,3 +163,15 @@ class DicomFile:
             return np.zeros(values.shape, bool)
         ends = self.data.PixelPaddingValue, self.data.get("PixelPaddingRangeLimit", self.data.PixelPaddingValue)
         return (min(ends) <= values) & (values <= max(ends))
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keeps pydicom's warnings and log to itself: they quote values of the file. One thread at a time, as both are global."""
+    with LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        propagate, LOGGER.propagate = LOGGER.propagate, False
+        try:
+            yield
+        finally:
+            LOGGER.propagate = propagate

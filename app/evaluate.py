@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .common import Checkpoint, Device, Dtype, load, require_kind
+from .common import AsJson, Checkpoint, Device, Dtype, bars, load, print_result, require_kind
 
 evaluation = typer.Typer(
     help="Score answers on benchmarks and drawn pictures against true ones.", no_args_is_help=True
@@ -33,6 +31,7 @@ def answers(
     batch_size: Batch = 8,
     limit: Limit = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -57,7 +56,8 @@ def answers(
         scored = answer_items(
             model, processor, items, records, task, batch_size, max_new_tokens, lambda n: progress.advance(bar, n)
         )
-    typer.echo(write_report(output, benchmark, summarise_answers(scored), settings))
+    summary = summarise_answers(scored)
+    print_result(as_json, write_report(output, benchmark, summary, settings), summary)
 
 
 @evaluation.command("draw")
@@ -70,6 +70,7 @@ def draw(
     batch_size: Batch = 8,
     limit: Limit = None,
     lpips: Lpips = False,
+    as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -97,7 +98,7 @@ def draw(
             model, processor, samples, output / "drawn", records, batch_size, lambda n: progress.advance(bar, n)
         )
     pairs = [(output / f"drawn/{number}.png", sample["target_image"]) for number, sample in enumerate(samples)]
-    report_pairs(pairs, output, name, settings, lpips, resize=True)
+    report_pairs(pairs, output, name, settings, lpips, as_json, resize=True)
 
 
 @evaluation.command("pictures")
@@ -107,6 +108,7 @@ def pictures(
     output: Output,
     name: Annotated[str, typer.Option(help="Benchmark in the table, for example super_resolution.")] = "pictures",
     lpips: Lpips = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Compares the pictures of two folders by name: SSIM, PSNR, MSE.
@@ -116,10 +118,10 @@ def pictures(
     from ..evaluation import pair_folders
 
     settings = {"drawn": str(drawn), "true": str(true)}
-    report_pairs(pair_folders(drawn, true), output, name, settings, lpips, resize=False)
+    report_pairs(pair_folders(drawn, true), output, name, settings, lpips, as_json, resize=False)
 
 
-def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool, resize: bool) -> None:
+def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool, as_json: bool, resize: bool) -> None:
     """Compares pairs of files; `resize` brings true pictures to the size of the drawn ones, which else must be theirs."""
     from PIL import Image
 
@@ -139,9 +141,5 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool, re
             score = compare_pictures(drawn, true)
             scores.append(score | ({"LPIPS": measure(drawn, true)} if lpips else {}))
     output.mkdir(parents=True, exist_ok=True)
-    typer.echo(write_report(output, name, summarise_pictures(scores), settings))
-
-
-def bars() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True))
+    summary = summarise_pictures(scores)
+    print_result(as_json, write_report(output, name, summary, settings), summary)

@@ -70,8 +70,7 @@ class AnswerTable:
                 if not is_whole and rows:
                     rows.pop()
             else:
-                lines = text.splitlines(keepends=True)
-                rows = [json.loads(line) for line in lines if line.endswith("\n")]
+                rows = [json.loads(line) for line in text.split("\n")[:-1]]
         except csv.Error:  # a quote that is never closed
             is_whole = False
         except json.JSONDecodeError:

@@ -23,7 +23,9 @@ EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval", "pydico
 
 app = typer.Typer(
     name="healthgpt",
-    help="HealthGPT answers questions about medical pictures and draws medical pictures. Research use only.",
+    help="HealthGPT answers questions about medical pictures and draws medical pictures. Research use only.\n\n"
+    'Example: healthgpt ask -c HealthGPT-M3 chest.dcm "Is there a pleural effusion?"\n\n'
+    "Exit codes: 0 done, 1 bad input, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

@@ -35,7 +35,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a G
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")]
 Frame = Annotated[
     int | None,
-    typer.Option(help="Frame, slice or page of a file of several, from 0; by default the middle one of DICOM and NIfTI."),
+    typer.Option(
+        help="Frame, slice or page of a file of several, from 0; by default the middle one of DICOM and NIfTI."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

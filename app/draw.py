@@ -102,9 +102,13 @@ def require_picture_path(path: Path) -> None:
 
 def save(picture, path: Path) -> None:
     """Writes a picture that is there whole or, after a kill, as it was."""
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+    from PIL import Image
+
+    content = io.BytesIO()  # Pillow does not notice when a full disk takes only the start of a file
+    picture.save(content, Image.registered_extensions()[path.suffix.lower()])
+    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        picture.save(unfinished)
+        unfinished.write_bytes(content.getvalue())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

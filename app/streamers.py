@@ -1,10 +1,13 @@
 """Streamers for `generate`: what the model writes, shown while it writes."""
 
-import os
+import itertools
+import re
 from collections.abc import Callable
 
 import torch
 from transformers.generation.streamers import BaseStreamer
+
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class AnswerStreamer(BaseStreamer):
@@ -25,9 +28,12 @@ class AnswerStreamer(BaseStreamer):
             self.ids = []
             return
         self.ids += value.flatten().tolist()
+        if BYTE.fullmatch(self.processor.tokenizer.convert_ids_to_tokens(self.ids[-1]) or ""):
+            return  # SentencePiece: what a run of bytes stands for depends on the whole run
         before, self.text = self.text, self.processor.decode(self.ids, skip_special_tokens=True).strip()
         # What the last two texts share; a character of several bytes is a replacement character until it is whole.
-        self._write(os.path.commonprefix([before, self.text]).rstrip("\ufffd"))
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, self.text, strict=False))
+        self._write("".join(new for _, new in shared).rstrip("\ufffd"))
 
     def end(self) -> None:
         self._write(self.text)

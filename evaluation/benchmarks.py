@@ -163,7 +163,9 @@ def read_samples(path: Path, split: str) -> Iterator[Item]:
                 paths = row.get("input_image") or []
                 paths = [path.parent / name for name in ([paths] if isinstance(paths, str) else paths)]
                 kind, group = closed_or_open(row["response"]), row.get("group", "")
-                yield Item(str(number), row["instruction"], row["response"], kind, partial(open_all, paths), group=group)
+                yield Item(
+                    str(number), row["instruction"], row["response"], kind, partial(open_all, paths), group=group
+                )
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(
                     f"Line {number} of {path} is no sample: it must be an object with an instruction, a response and, if it "

@@ -105,16 +105,16 @@ class DicomFile:
                 return Image.fromarray((values >> max(depth - 8, 0)).astype(np.uint8))
         except Exception:  # as above; decoders have types of their own
             reason = "it is damaged" + (f", or needs a decoder that is not installed: {missing}" if missing else "")
-            raise ValueError(
-                f"{str(self.path)!r} is a DICOM file whose pixels cannot be decoded: {reason}."
-            ) from None
+            raise ValueError(f"{str(self.path)!r} is a DICOM file whose pixels cannot be decoded: {reason}.") from None
 
     def _missing_decoders(self) -> str:
         """What could be installed for the file's compression; refuses one that nothing installed reads."""
         try:
             decoder = get_decoder(self.syntax)
         except NotImplementedError:
-            raise ValueError(f"{str(self.path)!r} is compressed as {self.syntax.name}, which pydicom does not read.") from None
+            raise ValueError(
+                f"{str(self.path)!r} is compressed as {self.syntax.name}, which pydicom does not read."
+            ) from None
         missing = "; ".join(decoder.missing_dependencies) if self.syntax.is_encapsulated else ""
         if not decoder.is_available:
             raise ValueError(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
-from pydicom.uid import HTJ2KLossless, MPEG2MPML
+from pydicom.uid import MPEG2MPML, HTJ2KLossless
 
 from healthgpt.medical import count_frames, open_picture
 
@@ -69,7 +69,9 @@ def test_windows_follow_the_standard(function, restated, center, width, tmp_path
 def test_files_of_scanners_show_through_their_windows():
     for name in ("MR_small.dcm", "dicomdirtests/98892001/CT5N/2062", "dicomdirtests/77654033/CR1/6154"):
         dataset = pydicom.dcmread(shipped(name))
-        values = dataset.pixel_array * float(dataset.get("RescaleSlope", 1)) + float(dataset.get("RescaleIntercept", 0))
+        values = dataset.pixel_array * float(dataset.get("RescaleSlope", 1)) + float(
+            dataset.get("RescaleIntercept", 0)
+        )
         expected = linear(values, float(dataset.WindowCenter), float(dataset.WindowWidth))
         expected = 255 - expected if dataset.PhotometricInterpretation == "MONOCHROME1" else expected
         assert abs(pixels_of(shipped(name)) - expected).max() <= 0.5
@@ -156,14 +158,20 @@ def test_colours(tmp_path):
     assert count_frames(path) == 30 and abs(difference).max() <= 3
     dataset = pydicom.dcmread(shipped("examples_palette.dcm"))
     tables = [
-        np.frombuffer(dataset[f"{colour}PaletteColorLookupTableData"].value, "<u2") for colour in ("Red", "Green", "Blue")
+        np.frombuffer(dataset[f"{colour}PaletteColorLookupTableData"].value, "<u2")
+        for colour in ("Red", "Green", "Blue")
     ]
     expected = np.stack([table[dataset.pixel_array] >> 8 for table in tables], axis=-1)
     np.testing.assert_array_equal(pixels_of(shipped("examples_palette.dcm")), expected)
 
 
 def test_compressed_files_show_what_the_uncompressed_show(tmp_path):
-    for name in ("MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm", "MR_small_bigendian.dcm"):
+    for name in (
+        "MR_small_RLE.dcm",
+        "MR_small_jp2klossless.dcm",
+        "MR_small_jpeg_ls_lossless.dcm",
+        "MR_small_bigendian.dcm",
+    ):
         np.testing.assert_array_equal(pixels_of(shipped(name)), pixels_of(shipped("MR_small.dcm")))
     for name in ("examples_jpeg2k.dcm", "SC_rgb_jpeg_gdcm.dcm", "image_dfl.dcm", "693_J2KI.dcm"):
         assert pixels_of(shipped(name)).std() > 30

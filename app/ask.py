@@ -55,75 +55,72 @@ def ask(
     Example: healthgpt ask -c HealthGPT-M3 study "Is there a pleural effusion?" -o answers.csv
     """
     paths, question = split_arguments(arguments)
-    if any(path.is_dir() for path in paths):
-        content = ask_folder(
-            paths, question, output, checkpoint, task, batch_size, frame, max_new_tokens, device, dtype
-        )
-        left_out = content["left_out"]
-        if left_out:
-            typer.echo(f"Left out, since they cannot be read as pictures: {', '.join(left_out)}.", err=True)
-        print_result(as_json, f"{output} ({content['rows']} answers)", content)
-        return
-    if output is not None:
+    folders = [path for path in paths if path.is_dir()]
+    if folders and len(paths) > 1:
+        raise ValueError("A folder is asked about alone: name no other pictures with it.")
+    if folders and output is None:
+        raise ValueError(f"{folders[0]} is a folder: name a file for the answers, -o answers.csv or -o answers.jsonl.")
+    if not folders and output is not None:
         raise ValueError("--output is for the answers about a folder; one answer is printed.")
-    pictures = open_all(paths, frame)
+    options = {"task": task, "max_new_tokens": max_new_tokens}
+    if folders:
+        name = "nano" if checkpoint == NANO else checkpoint
+        table = AnswerTable(output, {"question": question, "task": task, "checkpoint": name})
+    else:
+        pictures = open_all(paths, frame)
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
-    inputs = prepare(model, processor, pictures, question, task)
-    options = {"task": task, "max_new_tokens": max_new_tokens}
-    if as_json:
-        with working("Answering"):
-            sequences = model.generate(**inputs, **options)
-        answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        files = [str(path) for path in paths]
-        print_result(as_json, answer, {"files": files, "question": question, "answer": answer, "task": task})
+    if folders:
+        left_out = ask_folder(model, processor, folders[0], table, frame, batch_size, options)
+        if left_out:
+            typer.echo(f"Left out, since they cannot be read as pictures: {', '.join(left_out)}.", err=True)
+        content = {"output": str(output), "rows": len(table.done), "left_out": left_out}
+        print_result(as_json, f"{output} ({len(table.done)} answers)", content)
         return
-    from .streamers import AnswerStreamer
+    inputs = prepare(model, processor, pictures, question, task)
+    if not as_json:
+        from .streamers import AnswerStreamer
 
-    streamer = AnswerStreamer(processor, lambda text: typer.echo(text, nl=False))
-    model.generate(**inputs, **options, streamer=streamer)
-    typer.echo()
+        streamer = AnswerStreamer(processor, lambda text: typer.echo(text, nl=False))
+        model.generate(**inputs, **options, streamer=streamer)
+        typer.echo()
+        return
+    with working("Answering"):
+        sequences = model.generate(**inputs, **options)
+    answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    files = [str(path) for path in paths]
+    print_result(as_json, answer, {"files": files, "question": question, "answer": answer, "task": task})
 
 
-def ask_folder(
-    paths, question, output, checkpoint, task, batch_size, frame, max_new_tokens, device, dtype
-) -> dict[str, str | int | list[str]]:
-    """Writes the answers about a folder's pictures; returns the `output`, its number of `rows` and the files `left_out`."""
-    if len(paths) > 1:
-        raise ValueError("A folder is asked about alone: name no other pictures with it.")
-    if output is None:
-        raise ValueError(f"{paths[0]} is a folder: name a file for the answers, -o answers.csv or -o answers.jsonl.")
-    [folder] = paths
-    name = "nano" if checkpoint == NANO else checkpoint
-    table = AnswerTable(output, {"question": question, "task": task, "checkpoint": name})
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.resolve() != output.resolve())
+def ask_folder(model, processor, folder: Path, table: AnswerTable, frame, batch_size: int, options: dict) -> list[str]:
+    """Adds the answers about a folder's pictures to the table, those that it lacks; returns the files that are left out."""
+    from ..answering import answer_batch
+    from ..medical import open_picture
+    from ..processing_healthgpt import load_picture
+
+    question, left_out = table.settings["question"], []
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.resolve() != table.path.resolve())
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    waiting = {name: path for name, path in names.items() if name not in table.done}
-    left_out = []
-    if waiting:
-        model, processor = load(checkpoint, device, dtype)
-        require_kind(model, task, "text")
-        from ..answering import answer_batch
-        from ..medical import open_picture
-        from ..processing_healthgpt import load_picture
+    waiting = [name for name in names if name not in table.done]
 
-        with bars() as progress:
-            bar = progress.add_task("Answering", total=len(names), completed=len(names) - len(waiting))
+    def pictures():
+        for name in waiting:
+            try:
+                picture = load_picture(open_picture(names[name], frame), processor.image_size)
+            except ValueError:
+                left_out.append(name)
+                progress.advance(bar)
+            else:
+                yield name, picture
 
-            def readable():
-                for name, path in waiting.items():
-                    try:
-                        yield name, load_picture(open_picture(path, frame), processor.image_size)
-                    except ValueError:
-                        left_out.append(name)
-                        progress.advance(bar)
-
-            pictures = readable()
-            while batch := dict(itertools.islice(pictures, batch_size)):
-                questions = [([picture], question) for picture in batch.values()]
-                answers = answer_batch(model, processor, questions, task, max_new_tokens)
-                table.add(dict(zip(batch, answers, strict=True)))
-                progress.advance(bar, len(batch))
+    with bars() as progress:
+        bar = progress.add_task("Answering", total=len(names), completed=len(names) - len(waiting))
+        readable = pictures()
+        while batch := dict(itertools.islice(readable, batch_size)):
+            questions = [([picture], question) for picture in batch.values()]
+            answers = answer_batch(model, processor, questions, **options)
+            table.add(dict(zip(batch, answers, strict=True)))
+            progress.advance(bar, len(batch))
     if not table.done:
         raise ValueError(f"{folder} has no picture that can be read.")
-    return {"output": str(output), "rows": len(table.done), "left_out": left_out}
+    return left_out

@@ -30,13 +30,16 @@ class AnswerStreamer(BaseStreamer):
         self.ids += value.flatten().tolist()
         if BYTE.fullmatch(self.processor.tokenizer.convert_ids_to_tokens(self.ids[-1]) or ""):
             return  # SentencePiece: what a run of bytes stands for depends on the whole run
-        before, self.text = self.text, self.processor.decode(self.ids, skip_special_tokens=True).strip()
+        before, self.text = self.text, self._decode()
         # What the last two texts share; a character of several bytes is a replacement character until it is whole.
         shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, self.text, strict=False))
         self._write("".join(new for _, new in shared).rstrip("\ufffd"))
 
     def end(self) -> None:
-        self._write(self.text)
+        self._write(self._decode())
+
+    def _decode(self) -> str:
+        return self.processor.decode(self.ids, skip_special_tokens=True).strip()
 
     def _write(self, text: str) -> None:
         if len(text) > self.written:

@@ -1,11 +1,22 @@
 """What the commands share: options, and loading a checkpoint as a Python user does."""
 
+import json
 import os
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 # The small model that comes with the package.
 NANO = str(Path(__file__).parent.parent / "nano")
@@ -17,10 +28,18 @@ Checkpoint = Annotated[
         "-c",
         envvar="HEALTHGPT_CHECKPOINT",
         help="Exported folder or Hub repository, whose code is run.",
+        show_default="the small model of the package",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")]
+Frame = Annotated[
+    int | None,
+    typer.Option(
+        help="Frame, slice or page of a file of several, from 0; by default the middle one of DICOM and NIfTI."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def load(checkpoint: str, device: str | None, dtype: str | None):
@@ -32,25 +51,28 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
         )
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"There is no dtype {dtype!r}; choose one of float32, bfloat16, float16.")
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
+    with working("Loading the model"):
+        import torch
+        from safetensors import SafetensorError
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process one of its own
-    device = device or (gpu if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"The device {device!r} cannot be used here: {reason}.") from error
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype or "auto")
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {checkpoint} are damaged: {error}.") from error
-    return model.to(device), processor
+        logging.disable_progress_bar()
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process one of its own
+        device = device or (gpu if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"The device {device!r} cannot be used here: {reason}.") from error
+        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                checkpoint, trust_remote_code=True, dtype=dtype or "auto"
+            )
+        except SafetensorError as error:
+            raise ValueError(f"The weights of {checkpoint} are damaged: {error}.") from error
+        return model.to(device), processor
 
 
 def require_checkpoint(checkpoint: str) -> None:
@@ -75,18 +97,24 @@ def require_kind(model, task: str, kind: str) -> None:
         raise ValueError(f"This checkpoint has no task {task!r} that {verb}; those that do: {able}.")
 
 
-def read_messages(arguments: list[str]) -> list[dict]:
-    """One message of pictures and text from the arguments of `ask`, `draw` and `explain`."""
+def split_arguments(arguments: list[str]) -> tuple[list[Path], str]:
+    """Paths and text from the arguments of `ask`, `draw` and `explain`."""
     *paths, text = arguments
-    if os.path.isfile(text):
+    if os.path.exists(text):
         raise ValueError(
             f"The last argument is the text, but {text!r} is a file: add a question or instruction after it."
         )
-    for path in paths:
-        if not os.path.isfile(path):
-            raise ValueError(f"There is no picture file {path!r}.")
-    pictures = [{"type": "image", "image": path} for path in paths]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+    return [Path(path) for path in paths], text
+
+
+def open_all(paths: list[Path], frame: int | None) -> list:
+    """The pictures of files, of each the frame if it is named."""
+    if not paths:
+        return []
+    with working("Reading pictures"):
+        from ..medical import open_picture
+
+        return [open_picture(path, frame) for path in paths]
 
 
 def prepare(model, processor, messages: list[dict], task: str):
@@ -95,6 +123,30 @@ def prepare(model, processor, messages: list[dict], task: str):
         messages, task=task, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     return inputs.to(model.device)
+
+
+def print_result(as_json: bool, text: str, content: dict) -> None:
+    """The result of a command on stdout, for people or programs."""
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else text)
+
+
+def bars() -> Progress:
+    """Progress bars on stderr, if it is a terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return on_terminal(*columns)
+
+
+def working(what: str) -> Progress:
+    """A sign on stderr, if it is a terminal, that something goes on whose end cannot be told."""
+    progress = on_terminal(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    progress.add_task(what, total=None)
+    return progress
+
+
+def on_terminal(*columns) -> Progress:
+    """Columns on stderr, gone when they are done; nothing if it is no terminal."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def count_parameters(config) -> dict[str, int]:

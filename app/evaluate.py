@@ -1,15 +1,12 @@
 """`healthgpt eval`: answers scored on benchmarks, pictures compared with true ones."""
 
 import itertools
-import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .common import Checkpoint, Device, Dtype, load, require_kind
+from .common import AsJson, Checkpoint, Device, Dtype, bars, load, print_result, require_kind
 
 evaluation = typer.Typer(
     help="Score answers on benchmarks and drawn pictures against true ones.", no_args_is_help=True
@@ -34,6 +31,7 @@ def answers(
     batch_size: Batch = 8,
     limit: Limit = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -58,7 +56,8 @@ def answers(
         scored = answer_items(
             model, processor, items, records, task, batch_size, max_new_tokens, lambda n: progress.advance(bar, n)
         )
-    typer.echo(write_report(output, benchmark, summarise_answers(scored), settings))
+    summary = summarise_answers(scored)
+    print_result(as_json, write_report(output, benchmark, summary, settings), summary)
 
 
 @evaluation.command("draw")
@@ -71,6 +70,7 @@ def draw(
     batch_size: Batch = 8,
     limit: Limit = None,
     lpips: Lpips = False,
+    as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -98,7 +98,7 @@ def draw(
             model, processor, samples, output / "drawn", records, batch_size, lambda n: progress.advance(bar, n)
         )
     pairs = [(output / f"drawn/{number}.png", sample["target_image"]) for number, sample in enumerate(samples)]
-    report_pairs(pairs, output, name, settings, lpips, resize=True)
+    report_pairs(pairs, output, name, settings, lpips, as_json, resize=True)
 
 
 @evaluation.command("pictures")
@@ -108,6 +108,7 @@ def pictures(
     output: Output,
     name: Annotated[str, typer.Option(help="Benchmark in the table, for example super_resolution.")] = "pictures",
     lpips: Lpips = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Compares the pictures of two folders by name: SSIM, PSNR, MSE.
@@ -117,21 +118,21 @@ def pictures(
     from ..evaluation import pair_folders
 
     settings = {"drawn": str(drawn), "true": str(true)}
-    report_pairs(pair_folders(drawn, true), output, name, settings, lpips, resize=False)
+    report_pairs(pair_folders(drawn, true), output, name, settings, lpips, as_json, resize=False)
 
 
-def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool, resize: bool) -> None:
+def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool, as_json: bool, resize: bool) -> None:
     """Compares pairs of files; `resize` brings true pictures to the size of the drawn ones, which else must be theirs."""
     from PIL import Image
 
     from ..evaluation import compare_pictures, load_lpips, summarise_pictures, write_report
-    from ..processing_healthgpt import load_picture
+    from ..medical import open_picture
 
     measure = load_lpips() if lpips else None
     scores = []
     with bars() as progress:
         for paths in progress.track(pairs, description="Comparing"):
-            drawn, true = (load_picture(path, math.inf) for path in paths)
+            drawn, true = (open_picture(path) for path in paths)
             if resize and true.size != drawn.size:
                 true = true.resize(drawn.size, Image.Resampling.LANCZOS)
             elif true.size != drawn.size:
@@ -140,9 +141,5 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool, re
             score = compare_pictures(drawn, true)
             scores.append(score | ({"LPIPS": measure(drawn, true)} if lpips else {}))
     output.mkdir(parents=True, exist_ok=True)
-    typer.echo(write_report(output, name, summarise_pictures(scores), settings))
-
-
-def bars() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True))
+    summary = summarise_pictures(scores)
+    print_result(as_json, write_report(output, name, summary, settings), summary)

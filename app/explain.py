@@ -5,15 +5,29 @@ from typing import Annotated
 
 import typer
 
-from .common import NANO, Checkpoint, Device, Dtype, load, prepare, read_messages, require_kind
+from ..conversations import conversation
+from .common import (
+    NANO,
+    Checkpoint,
+    Device,
+    Dtype,
+    Frame,
+    load,
+    open_all,
+    prepare,
+    require_kind,
+    split_arguments,
+    working,
+)
 
 
 def explain(
-    arguments: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION")],
+    arguments: Annotated[list[str], typer.Argument(metavar="[PICTURE]... QUESTION")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")],
     checkpoint: Checkpoint = NANO,
     task: Annotated[str, typer.Option(help="A task of the checkpoint that answers in words.")] = "comprehension",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    frame: Frame = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -29,11 +43,12 @@ def explain(
 
     if output.is_file():
         raise ValueError(f"{output} is a file: name a folder for the figures.")
-    messages = read_messages(arguments)
+    paths, question = split_arguments(arguments)
+    pictures = open_all(paths, frame)
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
-    inputs = prepare(model, processor, messages, task)
-    with trace_routing(model) as routing:
+    inputs = prepare(model, processor, conversation(pictures, question), task)
+    with working("Answering"), trace_routing(model) as routing:
         sequences = model.generate(**inputs, task=task, max_new_tokens=max_new_tokens)
     figures = {"routing.png": plot_routing(routing[task])}
     if "pixel_values" in inputs:

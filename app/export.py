@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from .common import count_parameters
+from .common import AsJson, count_parameters, on_terminal, print_result, working
 
 plugins = typer.Typer(help="List the plugins of a checkpoint, take one out, put one in.", no_args_is_help=True)
 
@@ -52,14 +52,16 @@ def export(
     push_to_hub: Annotated[str | None, typer.Option(help="Repository user/name to upload the result to.")] = None,
     public: Public = False,
     create_pr: CreatePr = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Merges the published files into one checkpoint that from_pretrained loads.
 
     What an interrupted export has finished is kept beside the output, and the same command goes on from there.
 
-    Example: healthgpt export --base Phi-3-mini-4k-instruct --vision clip-vit-large-patch14-336
-    --comprehension com_hlora_weights.bin --output HealthGPT-M3
+    Example: healthgpt export --preset m3 --vqgan last.ckpt --vqgan-config model.yaml --output HealthGPT-M3
+
+    Example: healthgpt export --base phi-4 --vision clip --comprehension com_hlora_weights_phi4.bin --output HealthGPT-L14
     """
     from ..hub_export import ExportSources
     from ..hub_export import export as run
@@ -98,22 +100,24 @@ def export(
         if quantize is not None:
             require_bitsandbytes(quantize)
         with tempfile.TemporaryDirectory() as folder:
-            plan = build_plan(fetch(sources, Path(folder)), dtype)
-            if preset is not None:
-                require_preset(plan.config, preset)
-            print_plan(plan, quantize)
+            with working("Reading the sources"):
+                plan = build_plan(fetch(sources, Path(folder)), dtype)
+                if preset is not None:
+                    require_preset(plan.config, preset)
+            print_plan(plan, quantize, as_json)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+    with on_terminal(*columns, TimeRemainingColumn()) as bars:
 
         def progress(stage, total):
             bar = bars.add_task(stage, total=total)
             return lambda nbytes: bars.advance(bar, nbytes)
 
         run(sources, output, dtype, quantize, skip_forward, preset, progress)
-    typer.echo(f"{output}")
+    content = {"output": str(output)}
     if push_to_hub is not None:
-        typer.echo(upload(output, push_to_hub, public, create_pr))
+        content["url"] = upload(output, push_to_hub, public, create_pr)
+    print_result(as_json, "\n".join(content.values()), content)
 
 
 def push(
@@ -121,6 +125,7 @@ def push(
     repository: Annotated[str, typer.Argument(help="user/name; made if it does not exist.")],
     public: Public = False,
     create_pr: CreatePr = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Uploads an exported checkpoint to the Hub, as export --push-to-hub does: after a plugin was added, say.
@@ -131,13 +136,14 @@ def push(
     from ..hub_export.hub import require_repository
 
     require_repository(repository)
-    typer.echo(run(checkpoint, repository, public, create_pr))
+    url = run(checkpoint, repository, public, create_pr)
+    print_result(as_json, url, {"url": url})
 
 
 @plugins.command("list")
 def list_plugins(
     checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Says which tasks a checkpoint has and what each of them weighs.
@@ -146,7 +152,8 @@ def list_plugins(
     """
     from ..hub_export.plugins import list_plugins as run
 
-    found = run(checkpoint)
+    with working("Reading the checkpoint"):
+        found = run(checkpoint)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -165,6 +172,7 @@ def extract_plugin(
     published: Annotated[
         bool, typer.Option("--published", help="Write .bin files with the published names of tensors.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Copies the plugin of a task into a folder of its own, and takes it out of the checkpoint if asked to.
@@ -173,8 +181,9 @@ def extract_plugin(
     """
     from ..hub_export.plugins import extract_plugin as run
 
-    run(checkpoint, task, output, remove, published)
-    typer.echo(f"{output}")
+    with working("Copying the plugin"):
+        run(checkpoint, task, output, remove, published)
+    print_result(as_json, f"{output}", {"output": str(output), "task": task})
 
 
 @plugins.command("add")
@@ -186,6 +195,7 @@ def add_plugin(
     kind: Annotated[str | None, typer.Option(help="Of a .bin file: text or image.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Of a .bin file; by default twice its rank.")] = None,
     fusion: Annotated[Path | None, typer.Option(help="fusion_layer_weights.bin that goes with a .bin file.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """
     Puts a plugin into a checkpoint, without rewriting what is there.
@@ -194,15 +204,25 @@ def add_plugin(
     """
     from ..hub_export.plugins import add_plugin as run
 
-    run(checkpoint, plugin, name, replace, kind, alpha, fusion)
-    typer.echo(f"{checkpoint}")
+    with working("Adding the plugin"):
+        run(checkpoint, plugin, name, replace, kind, alpha, fusion)
+    print_result(as_json, f"{checkpoint}", {"checkpoint": str(checkpoint)})
 
 
-def print_plan(plan, quantize: str | None) -> None:
+def print_plan(plan, quantize: str | None, as_json: bool) -> None:
     """Every source tensor with its rule, its target or the reason why it is dropped, and sizes; then parts and abilities."""
     from ..hub_export.card import abilities
     from ..hub_export.quantize import stored_bytes
 
+    parts = count_parameters(plan.config)
+    quantized = None if quantize is None else stored_bytes(plan, quantize)
+    if as_json:
+        tensors = {transfer.target: list(transfer.shape) for transfer in plan.transfers}
+        content = {"tensors": tensors, "dropped": [name for name, _, _ in plan.dropped], "parameters": parts}
+        content |= {"bytes": plan.total_bytes, "quantized_bytes": quantized, "dtype": str(plan.config.dtype)}
+        content |= {"tasks": {name: task.kind for name, task in plan.config.tasks.items()}}
+        typer.echo(json.dumps(content, indent=2))
+        return
     for transfer in plan.transfers:
         typer.echo(
             f"{transfer.tensor.origin.name}: {transfer.name} {list(transfer.tensor.shape)} -> {transfer.target} "
@@ -211,12 +231,11 @@ def print_plan(plan, quantize: str | None) -> None:
     for name, tensor, rule in plan.dropped:
         typer.echo(f"{tensor.origin.name}: {name} {list(tensor.shape)} dropped: {rule.reason}, by {rule.pattern}")
     table = Table("part", "parameters", "bytes", title="Parameters")
-    parts = count_parameters(plan.config)
     for name, count in {**parts, "total": sum(parts.values())}.items():
         table.add_row(name, f"{count:,}", f"{count * plan.config.dtype.itemsize:,}")
     Console().print(table)
     tasks = ", ".join(f"{name} ({task.kind})" for name, task in plan.config.tasks.items())
     typer.echo(f"{plan.total_bytes / 1e9:.3f} GB of weights as {plan.config.dtype}; tasks: {tasks}")
-    if quantize is not None:
-        typer.echo(f"About {stored_bytes(plan, quantize) / 1e9:.3f} GB once the linears are quantised to {quantize}")
+    if quantized is not None:
+        typer.echo(f"About {quantized / 1e9:.3f} GB once the linears are quantised to {quantize}")
     typer.echo(f"The checkpoint {abilities(plan.config)}.")

@@ -1,12 +1,14 @@
 """`healthgpt train`: one stage of training, from a checkpoint and JSON lines to a plugin or a checkpoint."""
 
+import contextlib
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import Checkpoint, Device, Dtype, load
+from .common import AsJson, Checkpoint, Device, Dtype, load, print_result
 
 
 def train(
@@ -45,6 +47,7 @@ def train(
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of order, dropout and new weights.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -141,15 +144,17 @@ def train(
         eval_dataset=held_out,
         data_collator=collator,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
+    with contextlib.redirect_stdout(sys.stderr):  # where progress goes; the Trainer prints its losses
+        trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
     if not trainer.is_world_process_zero():
         return
     for name, tables in answering.items():
         model.use_token_tables(tables, [name])
-    for name in (name for name in trained if name not in answering):
-        (output / name).mkdir(exist_ok=True)
-        save_plugin(model, name, output / name, with_tables=stage == "fusion")
-        typer.echo(f"{output / name}")
+    folders = [output / name for name in trained if name not in answering]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        save_plugin(model, folder.name, folder, with_tables=stage == "fusion")
+    print_result(as_json, "\n".join(map(str, folders)), {"plugins": list(map(str, folders))})
 
 
 def new_settings(tasks, name: str, init_from: str | None, chosen: dict) -> dict:

@@ -6,6 +6,7 @@ from statistics import fmean
 import torch
 from scipy.stats import binomtest
 
+from ..conversations import answer_batch
 from .benchmarks import Item
 from .records import Records
 from .scoring import chosen_option, is_right, recall
@@ -45,17 +46,9 @@ def answer_items(
     left = [item for item in items if item.name not in records.done]
     for start in range(0, len(left), batch_size):
         batch = left[start : start + batch_size]
-        conversations = []
-        for item in batch:
-            pictures = [{"type": "image", "image": picture} for picture in item.pictures()]
-            conversations.append([{"role": "user", "content": [*pictures, {"type": "text", "text": item.question}]}])
-        inputs = processor.apply_chat_template(
-            conversations, task=task, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        inputs = inputs.to(model.device)
-        sequences = model.generate(**inputs, task=task, do_sample=False, max_new_tokens=max_new_tokens)
-        answers = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        records.add([score(item, answer.strip()) for item, answer in zip(batch, answers, strict=True)])
+        questions = [(item.pictures(), item.question) for item in batch]
+        answers = answer_batch(model, processor, questions, task, max_new_tokens)
+        records.add([score(item, answer) for item, answer in zip(batch, answers, strict=True)])
         progress(len(batch))
     return [records.done[item.name] for item in items]
 

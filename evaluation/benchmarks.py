@@ -24,6 +24,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from ..medical import open_picture
 from .scoring import is_closed
 
 MMMU_MED = (
@@ -45,8 +46,7 @@ class Item:
         question (`str`): As the model is asked, options included.
         truth (`str`): The true answer; of a choice, the text of the option.
         kind (`str`): `"closed"`, `"open"` or `"choice"`.
-        pictures (`Callable[[], list]`): Reads its PIL pictures, or names their paths; a benchmark's pictures are too many to
-            be held at once.
+        pictures (`Callable[[], list]`): Reads its PIL pictures; a benchmark's pictures are too many to be held at once.
         options (`list[str]`): Texts of the options of a choice.
         group (`str`): Part of the benchmark that is reported on its own.
     """
@@ -107,13 +107,17 @@ def pictures_of(rows: Dataset, number: int, columns: list[str]) -> list:
     return [row[column] for column in columns if row[column] is not None]
 
 
+def open_all(paths: list[Path]) -> list:
+    return [open_picture(path) for path in paths]
+
+
 def read_slake(path: Path, split: str) -> Iterator[Item]:
     """The English questions; the file says which are closed."""
     for row in json.loads((path / f"{split}.json").read_text(encoding="utf-8")):
         if row["q_lang"] == "en":
             picture = path / "imgs" / row["img_name"]
             kind = row["answer_type"].lower()
-            yield Item(str(row["qid"]), row["question"], row["answer"], kind, partial(list, [picture]))
+            yield Item(str(row["qid"]), row["question"], row["answer"], kind, partial(open_all, [picture]))
 
 
 def read_mmmu(path: Path, split: str) -> Iterator[Item]:
@@ -146,7 +150,7 @@ def read_omnimedvqa(path: Path, split: str) -> Iterator[Item]:
             options = [row[f"option_{letter}"] for letter in "ABCD" if row.get(f"option_{letter}")]
             if row["gt_answer"] not in options:
                 raise ValueError(f"{row['question_id']} in {file} has an answer that is none of its options.")
-            truth, pictures = options.index(row["gt_answer"]), partial(list, [path / row["image_path"]])
+            truth, pictures = options.index(row["gt_answer"]), partial(open_all, [path / row["image_path"]])
             yield choice(row["question_id"], row["question"], options, truth, pictures, row["modality_type"])
 
 
@@ -159,7 +163,9 @@ def read_samples(path: Path, split: str) -> Iterator[Item]:
                 paths = row.get("input_image") or []
                 paths = [path.parent / name for name in ([paths] if isinstance(paths, str) else paths)]
                 kind, group = closed_or_open(row["response"]), row.get("group", "")
-                yield Item(str(number), row["instruction"], row["response"], kind, partial(list, paths), group=group)
+                yield Item(
+                    str(number), row["instruction"], row["response"], kind, partial(open_all, paths), group=group
+                )
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(
                     f"Line {number} of {path} is no sample: it must be an object with an instruction, a response and, if it "

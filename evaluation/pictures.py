@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
+from ..conversations import conversation
+from ..medical import open_picture
 from .answers import mean_of
 from .records import Records
 
@@ -114,9 +116,8 @@ def draw_samples(
         tasks = [samples[number]["task"] for number in numbers]
         conversations = []
         for number in numbers:
-            pictures = [{"type": "image", "image": path} for path in samples[number]["input_image"]]
-            content = [*pictures, {"type": "text", "text": samples[number]["instruction"]}]
-            conversations.append([{"role": "user", "content": content}])
+            pictures = [open_picture(path) for path in samples[number]["input_image"]]
+            conversations.append(conversation(pictures, samples[number]["instruction"]))
         inputs = processor.apply_chat_template(
             conversations, task=tasks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )

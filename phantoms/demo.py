@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..conversations import conversation
 from .samples import INSTRUCTIONS, comprehension_sample, drawing_sample
 
 ASKED = (
@@ -22,15 +23,10 @@ ASKED = (
 SCALE, MARGIN, TITLE = 3, 12, 22  # of the sheet: pixels per pixel, and pixels
 
 
-def conversation(sample: dict) -> list[dict]:
-    pictures = [{"type": "image", "image": sample["input_image"]}] if sample["input_image"] is not None else []
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": sample["instruction"]}]}]
-
-
 def run(model, processor, samples: list[dict], task: str):
     """Ids that the model writes for samples, prompts cut off."""
     inputs = processor.apply_chat_template(
-        [conversation(sample) for sample in samples],
+        [conversation([s["input_image"]] if s["input_image"] else [], s["instruction"]) for s in samples],
         task=task,
         add_generation_prompt=True,
         tokenize=True,

@@ -12,6 +12,7 @@ import pytest
 from conftest import GOLDEN
 from datasets import Dataset, Features, Value
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -31,6 +32,8 @@ def folder(tmp_path_factory):
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     for name in ("ct.png", "retina.png"):
         shutil.copy(GOLDEN / "images" / name, folder / name)
+    (folder / "study").mkdir()
+    shutil.copy(get_testdata_file("MR_small.dcm", download=False), folder / "study/IM0001")
     pair = {"instruction": "Turn this CT into an MRI.", "input_image": "ct.png", "target_image": "ct.png"}
     answer = {"task": "comprehension", "instruction": "What is this?", "response": "A CT.", "input_image": "ct.png"}
     for name, rows in (("pairs", [pair] * 2), ("both", [answer, pair | {"task": "generation"}])):
@@ -57,6 +60,8 @@ def test_shell_then_python(folder):
         assert result.returncode == 0, result.stderr
     assert Image.open(folder / "out.png").size == (32, 32)
     assert {path.name for path in (folder / "explained").iterdir()} == {"routing.png", "attention_0.png"}
+    assert Image.open(folder / "sheet.png").height > 500
+    assert (folder / "answers.csv").read_text().splitlines()[1].startswith("IM0001,Is there a pleural effusion?,")
     assert "| SSIM |" in (folder / "results/folders/results.md").read_text()
     python = snippets("python")
     assert len(python) == 7

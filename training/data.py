@@ -22,6 +22,8 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
+from ..conversations import conversation
+from ..medical import open_picture
 from ..processing_healthgpt import load_picture
 
 FIELDS = ("task", "instruction", "response", "input_image", "target_image", "target_codes")
@@ -54,7 +56,7 @@ def read_samples(path: Path, config, default_task: str | None = None) -> Dataset
             try:
                 rows.append(check_sample(json.loads(line), path.parent, config, default_task))
                 for picture in {*rows[-1]["input_image"], rows[-1]["target_image"]} - {None, *seen}:
-                    load_picture(picture, config.vision_config.image_size)
+                    load_picture(open_picture(picture), config.vision_config.image_size)
                     seen.add(picture)
             except ValueError as error:
                 raise ValueError(f"Line {number} of {path} is no sample: {error}") from error
@@ -116,7 +118,7 @@ def add_codes(samples: Dataset, model, processor, batch_size: int = 8) -> Datase
         digest.update(tensor.flatten()[:1000].cpu().numpy().tobytes())
 
     def encode(batch):
-        pixels = processor.process_target_images(batch["path"])
+        pixels = processor.process_target_images([open_picture(path) for path in batch["path"]])
         return {"codes": vqgan.encode(pixels.to(model.device)).tolist()}
 
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "healthgpt_codes"
@@ -168,14 +170,20 @@ class TrainingCollator:
         Raises:
             ValueError: if a prompt, or a prompt with the picture to draw, is longer than `max_length`.
         """
+        return self._collate(
+            [sample | {"input_image": [open_picture(path) for path in sample["input_image"]]} for sample in samples]
+        )
+
+    def _collate(self, samples: list[dict]) -> BatchFeature:
+        """The batch of samples whose pictures are open."""
         tasks = [sample["task"] for sample in samples]
-        conversations = []
-        for sample in samples:
-            pictures = [{"type": "image", "image": path} for path in sample["input_image"]]
-            content = [*pictures, {"type": "text", "text": sample["instruction"]}]
-            conversations.append([{"role": "user", "content": content}])
         batch = self.processor.apply_chat_template(
-            conversations, task=tasks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            [conversation(sample["input_image"], sample["instruction"]) for sample in samples],
+            task=tasks,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         )
         prompt_lengths = batch["attention_mask"].sum(dim=1).tolist()
         answers = [self._answer(*pair) for pair in zip(samples, prompt_lengths, strict=True)]
@@ -203,7 +211,7 @@ class TrainingCollator:
             try:
                 if needs_pictures and not sample["input_image"]:
                     raise ValueError("only the projector is trained, and it has no input_image for it.")
-                self([sample | {"input_image": [blank] * len(sample["input_image"])}])
+                self._collate([sample | {"input_image": [blank] * len(sample["input_image"])}])
             except ValueError as error:
                 raise ValueError(f"Line {number} cannot be trained on: {error}") from error
 

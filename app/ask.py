@@ -1,0 +1,127 @@
+"""`healthgpt ask`: a question about pictures, or about every picture of a folder."""
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..conversations import conversation
+from .answers import AnswerTable
+from .common import (
+    NANO,
+    AsJson,
+    Checkpoint,
+    Device,
+    Dtype,
+    Frame,
+    bars,
+    load,
+    open_all,
+    prepare,
+    print_result,
+    require_kind,
+    split_arguments,
+    working,
+)
+
+
+def ask(
+    arguments: Annotated[list[str], typer.Argument(metavar="[PICTURE|FOLDER]... QUESTION")],
+    checkpoint: Checkpoint = NANO,
+    task: Annotated[str, typer.Option(help="A task of the checkpoint that answers in words.")] = "comprehension",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="For a folder: answers.csv or answers.jsonl.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="For a folder: pictures done at once.")] = 8,
+    frame: Frame = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 1024,
+    as_json: AsJson = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """
+    Answers a question about pictures, about every picture of a folder, or about nothing but the question.
+
+    One answer is printed as it is written, those about a folder go into a table, in the order of the files' names.
+
+    Folders below are searched too. Files that cannot be read as pictures are named and left out.
+
+    The same command goes on where it was stopped; batches change no answer in float32.
+
+    Example: healthgpt ask -c HealthGPT-M3 chest.png "Is there a pleural effusion?"
+
+    Example: healthgpt ask -c HealthGPT-M3 before.dcm after.dcm "What has changed?"
+
+    Example: healthgpt ask -c HealthGPT-M3 study "Is there a pleural effusion?" -o answers.csv
+    """
+    paths, question = split_arguments(arguments)
+    folders = [path for path in paths if path.is_dir()]
+    if folders and len(paths) > 1:
+        raise ValueError("A folder is asked about alone: name no other pictures with it.")
+    if folders and output is None:
+        raise ValueError(f"{folders[0]} is a folder: name a file for the answers, -o answers.csv or -o answers.jsonl.")
+    if not folders and output is not None:
+        raise ValueError("--output is for the answers about a folder; one answer is printed.")
+    options = {"task": task, "max_new_tokens": max_new_tokens}
+    if folders:
+        name = "nano" if checkpoint == NANO else checkpoint
+        table = AnswerTable(output, {"question": question, "task": task, "checkpoint": name})
+    else:
+        pictures = open_all(paths, frame)
+    model, processor = load(checkpoint, device, dtype)
+    require_kind(model, task, "text")
+    if folders:
+        left_out = ask_folder(model, processor, folders[0], table, frame, batch_size, options)
+        if left_out:
+            typer.echo(f"Left out, since they cannot be read as pictures: {', '.join(left_out)}.", err=True)
+        content = {"output": str(output), "rows": len(table.done), "left_out": left_out}
+        print_result(as_json, f"{output} ({len(table.done)} answers)", content)
+        return
+    inputs = prepare(model, processor, conversation(pictures, question), task)
+    if not as_json:
+        from .streamers import AnswerStreamer
+
+        streamer = AnswerStreamer(processor, lambda text: typer.echo(text, nl=False))
+        model.generate(**inputs, **options, streamer=streamer)
+        typer.echo()
+        return
+    with working("Answering"):
+        sequences = model.generate(**inputs, **options)
+    answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    files = [str(path) for path in paths]
+    print_result(as_json, answer, {"files": files, "question": question, "answer": answer, "task": task})
+
+
+def ask_folder(model, processor, folder: Path, table: AnswerTable, frame, batch_size: int, options: dict) -> list[str]:
+    """Adds the answers about a folder's pictures to the table, those that it lacks; returns the files that are left out."""
+    from ..conversations import answer_batch
+    from ..medical import open_picture
+    from ..processing_healthgpt import load_picture
+
+    question, left_out = table.settings["question"], []
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.resolve() != table.path.resolve())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    waiting = [name for name in names if name not in table.done]
+
+    def pictures():
+        for name in waiting:
+            try:
+                picture = load_picture(open_picture(names[name], frame), processor.image_size)
+            except ValueError:
+                left_out.append(name)
+                progress.advance(bar)
+            else:
+                yield name, picture
+
+    with bars() as progress:
+        bar = progress.add_task("Answering", total=len(names), completed=len(names) - len(waiting))
+        readable = pictures()
+        while batch := dict(itertools.islice(readable, batch_size)):
+            questions = [([picture], question) for picture in batch.values()]
+            answers = answer_batch(model, processor, questions, **options)
+            table.add(dict(zip(batch, answers, strict=True)))
+            progress.advance(bar, len(batch))
+    if not table.done:
+        raise ValueError(f"{folder} has no picture that can be read.")
+    return left_out

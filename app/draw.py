@@ -1,0 +1,134 @@
+"""`healthgpt draw`: one picture from an instruction and pictures."""
+
+import io
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..conversations import conversation
+from .common import (
+    NANO,
+    AsJson,
+    Checkpoint,
+    Device,
+    Dtype,
+    Frame,
+    bars,
+    load,
+    open_all,
+    prepare,
+    print_result,
+    require_kind,
+    split_arguments,
+)
+
+SHEET_HEIGHT, MARGIN, LABEL = 512, 16, 24  # pixels
+
+
+def draw(
+    arguments: Annotated[list[str], typer.Argument(metavar="[PICTURE]... INSTRUCTION")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write, for example out.png.")],
+    checkpoint: Checkpoint = NANO,
+    task: Annotated[str, typer.Option(help="A task of the checkpoint that draws.")] = "generation",
+    frame: Frame = None,
+    keep_aspect_ratio: Annotated[
+        bool,
+        typer.Option(
+            "--keep-aspect-ratio",
+            help="Resize the picture to the size of the one given: models learn to draw it stretched to a square.",
+        ),
+    ] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Picture to write with input and output side by side, for example sheet.png.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Sample with this seed instead of drawing greedily.")] = None,
+    as_json: AsJson = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """
+    Draws one picture from an instruction and, if given, pictures.
+
+    Example: healthgpt draw -c HealthGPT-M3 slice.png "Reconstruct the image." -o out.png
+
+    Example: healthgpt draw -c HealthGPT-M3 volume.nii.gz --frame 80 "Reconstruct the image." -o out.png --sheet sheet.png
+    """
+    import torch
+    from PIL import Image
+
+    for path in filter(None, (output, sheet)):
+        require_picture_path(path)
+    paths, instruction = split_arguments(arguments)
+    if keep_aspect_ratio and len(paths) != 1:
+        raise ValueError(f"--keep-aspect-ratio needs one picture whose size to take, and {len(paths)} are given.")
+    pictures = open_all(paths, frame)
+    model, processor = load(checkpoint, device, dtype)
+    require_kind(model, task, "image")
+    inputs = prepare(model, processor, conversation(pictures, instruction), task)
+    if seed is not None:
+        torch.manual_seed(seed)
+    from .streamers import CodeCounter
+
+    with bars() as progress:
+        bar = progress.add_task("Drawing", total=model.config.num_image_codes)
+        counter = CodeCounter(lambda number: progress.advance(bar, number))
+        sequences = model.generate(**inputs, task=task, do_sample=seed is not None, streamer=counter)
+        pixels = model.decode_image_tokens(sequences)
+    [picture] = processor.post_process_multimodal_output(pixels, generation_mode="image")
+    if keep_aspect_ratio:
+        picture = picture.resize(pictures[0].size, Image.Resampling.LANCZOS)
+    save(picture, output)
+    content = {"output": str(output), "width": picture.width, "height": picture.height, "task": task}
+    if sheet is not None:
+        save(side_by_side(pictures, picture), sheet)
+        content["sheet"] = str(sheet)
+    print_result(as_json, f"{output} ({picture.width} x {picture.height} pixels)", content)
+
+
+def require_picture_path(path: Path) -> None:
+    """Refuses, before anything is drawn, a path where no picture can be written."""
+    from PIL import Image
+
+    name = Image.registered_extensions().get(path.suffix.lower())
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), name or "")
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"{path} has no ending of a picture format that Pillow writes, such as .png.") from error
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the picture in it.")
+    if not path.parent.is_dir():
+        raise ValueError(f"The folder {path.parent} does not exist.")
+
+
+def save(picture, path: Path) -> None:
+    """Writes a picture that is there whole or, after a kill, as it was."""
+    from PIL import Image
+
+    content = io.BytesIO()  # Pillow does not notice when a full disk takes only the start of a file
+    picture.save(content, Image.registered_extensions()[path.suffix.lower()])
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        unfinished.write_bytes(content.getvalue())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def side_by_side(inputs: list, output):
+    """A sheet of the inputs and the output, labelled and of one height."""
+    from PIL import Image, ImageDraw
+
+    labels = ["input"] if len(inputs) == 1 else [f"input {number}" for number in range(1, len(inputs) + 1)]
+    shown = []
+    for picture in (*inputs, output):
+        width = max(1, round(picture.width * SHEET_HEIGHT / picture.height))
+        shown.append(picture.convert("RGB").resize((width, SHEET_HEIGHT), Image.Resampling.LANCZOS))
+    total = sum(picture.width + MARGIN for picture in shown) + MARGIN
+    sheet = Image.new("RGB", (total, SHEET_HEIGHT + LABEL + 2 * MARGIN), "white")
+    pen, left = ImageDraw.Draw(sheet), MARGIN
+    for label, picture in zip([*labels, "output"], shown, strict=True):
+        pen.text((left, MARGIN), label, fill="black")
+        sheet.paste(picture, (left, MARGIN + LABEL))
+        left += picture.width + MARGIN
+    return sheet

@@ -1,0 +1,177 @@
+"""DICOM: pixels through the Modality LUT and the VOI LUT of the file (PS3.3 C.11)."""
+
+import copy
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pydicom import Dataset, dcmread
+from pydicom.datadict import tag_for_keyword
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, get_decoder, pixel_array
+
+from .greys import to_greys, value_range
+
+PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+GREYS = ("MONOCHROME1", "MONOCHROME2")
+COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom decodes all of them to RGB
+# Macros of enhanced multi-frame files that hold what other files have at the top (PS3.3 C.7.6.16.2).
+FRAME_MACROS = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
+LUTS = ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth")
+LUTS += ("VOILUTFunction",)
+PALETTES = tuple(
+    f"{segmented}{colour}PaletteColorLookupTable{part}"
+    for colour in ("Red", "Green", "Blue")
+    for segmented, part in (("", "Descriptor"), ("", "Data"), ("Segmented", "Data"))
+)
+# All that is read of a file: no name, number or date of a patient is among it.
+TAGS = (
+    *PIXELS,
+    *LUTS,
+    *PALETTES,
+    "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+)
+LOGGER, LOCK = logging.getLogger("pydicom"), threading.Lock()
+
+
+class DicomFile:
+    """
+    A DICOM file with pixels.
+
+    Greys pass the Modality LUT or rescaling, then the VOI LUT or else the first window of the file (`LINEAR`, `LINEAR_EXACT` or
+    `SIGMOID`), those of the frame itself in enhanced multi-frame files. Without either, black and white are the lowest and the
+    highest value of the frame, pixel padding left out. `MONOCHROME1` is inverted after that. Colours are RGB, YBR or a palette;
+    of more than 8 bits the upper 8 are kept. A pixel is taken as square. Overlays are not drawn.
+
+    Args:
+        path (`Path`): A file of PS3.10, compressed or not.
+
+    Raises:
+        ValueError: if it has no pixels, or pixels that cannot be decoded. No message quotes a value of a tag.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with silence():
+                self.data = dcmread(path, specific_tags=[tag_for_keyword(keyword) for keyword in TAGS])
+                self.syntax = self.data.file_meta.TransferSyntaxUID
+                self.num_frames = int(self.data.get("NumberOfFrames") or 1)
+        except Exception:  # pydicom raises a dozen types, with messages that may quote the file
+            raise ValueError(f"{str(path)!r} is a DICOM file that cannot be read: it is damaged.") from None
+        if not any(keyword in self.data for keyword in PIXELS):
+            raise ValueError(f"{str(path)!r} is a DICOM file without pixels: a report, a plan or a directory, say.")
+
+    @property
+    def default_frame(self) -> int:
+        return self.num_frames // 2
+
+    def picture(self, frame: int) -> Image.Image:
+        photometric = self.data.get("PhotometricInterpretation")
+        if photometric not in (*GREYS, *COLOURS, "PALETTE COLOR"):
+            raise ValueError(
+                f"{str(self.path)!r} is a DICOM file of a photometric interpretation that cannot be shown; those that can: "
+                f"{', '.join((*GREYS, *COLOURS, 'PALETTE COLOR'))}."
+            )
+        missing = self._missing_decoders()
+        try:
+            with silence():
+                values = pixel_array(self.data, index=frame)
+                if photometric in GREYS:
+                    return Image.fromarray(self._greys(values, frame))
+                depth = self.data.BitsStored
+                if photometric == "PALETTE COLOR":
+                    values = apply_color_lut(values, self.data)
+                    depth = self.data.RedPaletteColorLookupTableDescriptor[2]
+                return Image.fromarray((values >> max(depth - 8, 0)).astype(np.uint8))
+        except Exception:  # as above; decoders have types of their own
+            reason = "it is damaged" + (f", or needs a decoder that is not installed: {missing}" if missing else "")
+            raise ValueError(f"{str(self.path)!r} is a DICOM file whose pixels cannot be decoded: {reason}.") from None
+
+    def _missing_decoders(self) -> str:
+        """What could be installed for the file's compression; refuses one that nothing installed reads."""
+        try:
+            decoder = get_decoder(self.syntax)
+        except NotImplementedError:
+            raise ValueError(
+                f"{str(self.path)!r} is compressed as {self.syntax.name}, which pydicom does not read."
+            ) from None
+        missing = "; ".join(decoder.missing_dependencies) if self.syntax.is_encapsulated else ""
+        if not decoder.is_available:
+            raise ValueError(
+                f"{str(self.path)!r} is compressed as {self.syntax.name}, and no decoder for it is installed; one suffices: "
+                f"{missing}."
+            )
+        return missing
+
+    def _greys(self, values: np.ndarray, frame: int) -> np.ndarray:
+        tags = self._tags_of(frame)
+        padding = self._padding(values)
+        values = apply_modality_lut(values, tags)
+        # The output of a window then has 8 bits, whatever the values before it (PS3.3 C.11.2.1.2).
+        for keyword in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"):
+            tags.pop(keyword, None)
+        tags.BitsStored, tags.PixelRepresentation = 8, 0
+        if tags.get("VOILUTSequence"):
+            table = copy.deepcopy(tags.VOILUTSequence[0])
+            entries, first, depth = table.LUTDescriptor
+            table.LUTDescriptor = [entries, first, 16]  # pydicom counts into tables of 8 bits with 8 bits
+            tags.VOILUTSequence = [table]
+            greys = to_greys(apply_voi_lut(values, tags), 0, 2**depth - 1)
+        elif tags.get("WindowCenter") is not None and tags.get("WindowWidth") is not None:
+            greys = to_greys(apply_voi_lut(values, tags), 0, 255)
+        else:
+            greys = to_greys(values, *value_range(values if padding.all() else values[~padding]))
+        return 255 - greys if tags.PhotometricInterpretation == "MONOCHROME1" else greys
+
+    def _tags_of(self, frame: int) -> Dataset:
+        """What the lookup tables need, with the functional groups of the frame, its own before the shared ones."""
+        tags = Dataset()
+        tags.set_original_encoding(*self.data.original_encoding)
+        sources = [self.data]
+        for sequence, index in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
+            for macro in FRAME_MACROS if self.data.get(sequence) else ():
+                sources += self.data[sequence][index].get(macro, [])
+        for source in sources:
+            for keyword in ("PhotometricInterpretation", *LUTS):
+                if keyword in source:
+                    tags[keyword] = source[keyword]
+        return tags
+
+    def _padding(self, values: np.ndarray) -> np.ndarray:
+        """Which stored values are no part of the picture (PS3.3 C.7.5.1.1.2)."""
+        if "PixelPaddingValue" not in self.data:
+            return np.zeros(values.shape, bool)
+        ends = self.data.PixelPaddingValue, self.data.get("PixelPaddingRangeLimit", self.data.PixelPaddingValue)
+        return (min(ends) <= values) & (values <= max(ends))
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keeps pydicom's warnings and log to itself: they quote values of the file. One thread at a time, as both are global."""
+    with LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        propagate, LOGGER.propagate = LOGGER.propagate, False
+        try:
+            yield
+        finally:
+            LOGGER.propagate = propagate

@@ -1,0 +1,60 @@
+"""NIfTI: axial slices as radiologists see them."""
+
+import zlib
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from PIL import Image
+
+from .greys import to_greys, value_range
+
+
+class NiftiFile:
+    """
+    A NIfTI volume, as slices along the axis from the patient's feet to the head.
+
+    The volume is turned to the closest RAS+ orientation by swapping and flipping axes, without resampling, also if its affine
+    is oblique; slice 0 is the lowest. A slice is shown in the radiological convention: the patient's front is up and the
+    patient's right is on the left of the picture. A voxel is taken as square.
+
+    Black and white are `cal_min` and `cal_max` of the header if it sets them, else the lowest and the highest value of the whole
+    volume, so that slices compare. Of a series of volumes (four dimensions) the first is taken.
+
+    Args:
+        path (`Path`): A `.nii` or `.nii.gz` file.
+
+    Raises:
+        ValueError: if it cannot be read, has neither three nor four dimensions, or its values are no plain numbers.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            image = nibabel.load(path)
+            if len(image.shape) not in (3, 4) or 0 in image.shape:
+                raise ValueError(f"its shape is {image.shape}, and three or four dimensions are needed.")
+            if image.get_data_dtype().kind not in "iuf":
+                raise ValueError("its voxels are colours or complex numbers.")
+            self.volume = nibabel.as_closest_canonical(image.slicer[..., 0] if len(image.shape) == 4 else image)
+        except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
+            raise self._unreadable(error) from error
+        self.num_frames = self.volume.shape[2]
+        self.default_frame = self.num_frames // 2
+
+    def picture(self, frame: int) -> Image.Image:
+        try:
+            values = np.asanyarray(self.volume.dataobj)
+            low, high = (float(self.volume.header[name]) for name in ("cal_min", "cal_max"))
+            if not low < high:
+                low, high = value_range(values)
+        except (EOFError, OSError, ValueError, zlib.error) as error:
+            raise self._unreadable(error) from error
+        # (right, front) -> rows from front to back, columns from right to left
+        return Image.fromarray(to_greys(values[::-1, ::-1, frame].T, low, high))
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        reason = " ".join(str(error).split()).rstrip(".")
+        return ValueError(f"{str(self.path)!r} is not a NIfTI volume that can be read: {reason}.")

@@ -1,0 +1,110 @@
+"""The one way from a file to a picture, whatever its format, and plain pictures."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..processing_healthgpt import load_picture
+from .greys import to_greys, value_range
+
+
+def open_picture(path: str | Path, frame: int | None = None) -> Image.Image:
+    """
+    Reads a picture, or one picture of several in a file.
+
+    | file | known by | greys | frame by default |
+    |---|---|---|---|
+    | DICOM | `DICM` at byte 128, whatever its name | its window, see [`DicomFile`] | the middle one |
+    | NIfTI | `.nii`, `.nii.gz` | its display range, see [`NiftiFile`] | the middle axial slice |
+    | all that Pillow reads | its content | the processor's; wider ones: the range of the values | the first one |
+
+    The middle of a volume shows most of it, while the first page of a plain file is what other programs show.
+
+    Args:
+        path (`str` or `Path`): A file.
+        frame (`int`, *optional*): Number of the frame, slice or page, from 0.
+
+    Returns:
+        `PIL.Image.Image`: Of mode `L` or `RGB`, without metadata.
+
+    Raises:
+        ValueError: if there is no such file or frame, or it is no picture that can be read.
+        ModuleNotFoundError: if the file needs the extra `dicom`, which is not installed.
+    """
+    file = _open(Path(path))
+    if frame is None:
+        frame = file.default_frame
+    elif not 0 <= frame < file.num_frames:
+        raise ValueError(
+            f"{path} has no frame {frame}: it has {file.num_frames}, numbered from 0 to {file.num_frames - 1}."
+        )
+    return file.picture(frame)
+
+
+def count_frames(path: str | Path) -> int:
+    """
+    Number of frames, slices or pages of a file.
+
+    Raises:
+        ValueError, ModuleNotFoundError: As [`open_picture`].
+    """
+    return _open(Path(path)).num_frames
+
+
+def _open(path: Path):
+    if not path.is_file():
+        raise ValueError(f"There is no picture file {str(path)!r}.")
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        from .nifti import NiftiFile
+
+        return NiftiFile(path)
+    with open(path, "rb") as file:
+        preamble = file.read(132)
+    if preamble.endswith(b"DICM") and len(preamble) == 132:
+        from .dicom import DicomFile
+
+        return DicomFile(path)
+    return PlainFile(path)
+
+
+class PlainFile:
+    """
+    A picture of a format that Pillow reads. Modes are the processor's affair, but for greys of a wider range than 16 bits (modes
+    `F` and `I`), which it refuses: they are stretched over the range of their values.
+    """
+
+    default_frame = 0
+
+    def __init__(self, path: Path):
+        self.path = path
+        with reading(path) as image:
+            self.num_frames = getattr(image, "n_frames", 1)
+
+    def picture(self, frame: int) -> Image.Image:
+        with reading(self.path) as image:
+            image.seek(frame)
+            image.load()
+            low, high = image.getextrema() if image.mode == "I" else (0, 0)
+            if image.mode == "F" or low < 0 or high > 65535:
+                values = np.asarray(image)
+                return Image.fromarray(to_greys(values, *value_range(values)))
+            picture = load_picture(image, math.inf)
+            picture.info.clear()
+            return picture
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Image.Image]:
+    """A file opened by Pillow; whatever is wrong with it becomes one sentence."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:  # Pillow's readers raise a dozen types for what they cannot read
+        reason = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is neither DICOM nor NIfTI nor of a format that Pillow knows"
+        raise ValueError(f"{str(path)!r} is not a picture that can be read: {reason}.") from error

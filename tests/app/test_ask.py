@@ -1,0 +1,222 @@
+"""`healthgpt ask`: streamed answers, folders, runs that are stopped."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pydicom
+import pytest
+import torch
+from conftest import GOLDEN
+from pydicom.data import get_testdata_file
+from transformers import AutoConfig, AutoProcessor
+from typer.testing import CliRunner
+
+from healthgpt.app.answers import AnswerTable
+from healthgpt.app.cli import app
+from healthgpt.app.streamers import AnswerStreamer
+
+QUESTION = 'Which "modality",\nplease?'
+SETTINGS = {"question": QUESTION, "task": "comprehension", "checkpoint": "x"}
+SCRIPT = "import sys; sys.argv[0] = 'healthgpt'; from healthgpt.app.cli import main; main()"
+
+
+def ask(*arguments):
+    return CliRunner().invoke(app, ["ask", *map(str, arguments)])
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoints):
+    return checkpoints("m3").folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with a DICOM file without ending, pictures, one of them in a folder below, and what is none."""
+    pictures = tmp_path / "pictures"
+    (pictures / "below").mkdir(parents=True)
+    for name in ("ct", "mr", "retina", "cell"):
+        shutil.copy(GOLDEN / f"images/{name}.png", pictures)
+    shutil.copy(GOLDEN / "images/ihc.png", pictures / "below")
+    shutil.copy(get_testdata_file("MR_small.dcm", download=False), pictures / "IM0001")
+    shutil.copy(get_testdata_file("reportsi.dcm", download=False), pictures / "REPORT")
+    (pictures / "notes.txt").write_text("no picture")
+    return pictures
+
+
+NAMES = ["IM0001", "below/ihc.png", "cell.png", "ct.png", "mr.png", "retina.png"]
+
+
+@pytest.mark.parametrize("name", ["m3", "l14", "xl32"])
+def test_streamed_text_is_the_decoded_text(name, checkpoints):
+    folder = checkpoints(name).folder
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    rows = AutoConfig.from_pretrained(folder, trust_remote_code=True).text_config.vocab_size  # some have no token
+    generator = torch.Generator().manual_seed(0)
+    texts = ["A mass — 3 cm;\n\n- left, upper lobe.\n", "  日本語 ünïcödé 🫁🫀 \n", "it's n't ' .", "", "naïve 🫁🫀"]
+    samples = [processor.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    samples += torch.randint(rows, (100, 40), generator=generator).tolist()
+    most = 0
+    for ids in samples:
+        pieces = []
+        streamer = AnswerStreamer(processor, pieces.append)
+        streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+        most = max(most, len(pieces))
+        streamer.end()
+        assert "".join(pieces) == processor.decode(ids, skip_special_tokens=True).strip()
+    assert most > 20
+
+
+def test_answers_about_a_folder_are_those_about_each_picture(folder, pictures, tmp_path):
+    options = ["-c", folder, "--max-new-tokens", 12]
+    result = ask(pictures, QUESTION, "-o", tmp_path / "answers.csv", "--batch-size", 4, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'answers.csv'} (6 answers)\n"
+    assert "Left out, since they cannot be read as pictures: REPORT, notes.txt.\n" in result.stderr
+    with open(tmp_path / "answers.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == NAMES
+    for row in rows:
+        alone = ask(pictures / row["file"], QUESTION, *options)
+        assert alone.stdout == f"{row['answer']}\n"
+        assert (row["question"], row["task"], row["checkpoint"]) == (QUESTION, "comprehension", str(folder))
+    assert any(row["answer"] for row in rows)
+    result = ask(pictures, QUESTION, "-o", pictures / "answers.jsonl", "--json", *options)
+    content = {"output": str(pictures / "answers.jsonl"), "rows": 6, "left_out": ["REPORT", "notes.txt"]}
+    assert json.loads(result.stdout) == content
+    lines = (pictures / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+def test_frames_and_json(folder):
+    path = get_testdata_file("examples_ybr_color.dcm", download=False)
+    options = ["-c", folder, "--max-new-tokens", 20]
+    answers = {frame: ask(path, "What?", "--frame", frame, *options).stdout for frame in (0, 15)}
+    result = json.loads(ask(path, "What?", "--json", *options).stdout)
+    assert result == {
+        "files": [path],
+        "question": "What?",
+        "answer": answers[15].removesuffix("\n"),
+        "task": "comprehension",
+    }
+    assert ask(path, "What?", "--frame", 30, *options).exception.args[0].endswith("numbered from 0 to 29.")
+
+
+def many(pictures):
+    for number in range(40):
+        shutil.copy(pictures / "ct.png", pictures / f"many{number:02}.png")
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_leaves_whole_rows_and_goes_on(number, code, folder, pictures, tmp_path):
+    many(pictures)
+    output = tmp_path / "answers.jsonl"
+    arguments = ["ask", pictures, "What?", "-c", folder, "-o", output, "--max-new-tokens", 30]
+    process = start(*arguments, "--batch-size", 1)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (output.exists() and len(rows_of(output)) > 1):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in errors
+    before = rows_of(output)
+    assert 1 < len(before) < 46 and output.read_bytes().endswith(b"\n")
+    assert [path for path in tmp_path.iterdir() if path != pictures] == [output]
+    result = ask(*arguments[1:])
+    assert result.exit_code == 0, result.output
+    rows = rows_of(output)
+    assert rows[: len(before)] == before
+    assert [row["file"] for row in rows] == sorted([*NAMES, *(f"many{number:02}.png" for number in range(40))])
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_row_that_was_cut_off_is_taken_away(ending, tmp_path):
+    path = tmp_path / f"answers.{ending}"
+    answers = {"a.png": 'Two\nlines, "quoted"\n\n', "ü,b.png": "\u2028 sí\n", "c.png": ""}
+    AnswerTable(path, SETTINGS).add(dict(list(answers.items())[:2]))
+    whole = path.read_bytes()
+    AnswerTable(path, SETTINGS).add({"c.png": ""})
+    complete = path.read_bytes()
+    for length in range(len(whole), len(complete)):
+        path.write_bytes(complete[:length])
+        table = AnswerTable(path, SETTINGS)
+        assert table.done == {"a.png", "ü,b.png"} and path.read_bytes() == whole, length
+        table.add({"c.png": ""})
+        assert path.read_bytes() == complete
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", None, "another ending than .csv and .jsonl"),
+        ("nowhere/a.csv", None, "The folder .*nowhere does not exist"),
+        ("a.csv", "name,age\nJane,40\n", "holds something else"),
+        ("a.csv", "file,question,answer,task,checkpoint\na.png,What?\n", "holds something else"),
+        ("a.jsonl", "[1, 2]\n", "holds something else"),
+        ("a.jsonl", "text\n", "holds something else"),
+        ("a.jsonl", json.dumps({"file": "a.png", "answer": "no"} | SETTINGS) + "\n", "holds something else"),
+    ],
+)
+def test_files_that_are_no_table_are_left_as_they_are(name, content, message, tmp_path):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        AnswerTable(path, SETTINGS)
+    assert not path.exists() if content is None else path.read_text() == content
+
+
+@pytest.mark.parametrize("setting", ["question", "task", "checkpoint"])
+def test_answers_to_something_else_are_not_mixed(setting, tmp_path):
+    AnswerTable(tmp_path / "a.csv", SETTINGS).add({"a.png": "yes"})
+    with pytest.raises(ValueError, match=f"has answers with another {setting}, "):
+        AnswerTable(tmp_path / "a.csv", SETTINGS | {setting: "other"})
+
+
+def test_mistakes_with_folders(folder, pictures, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments, message in (
+        ([pictures, "What?"], "is a folder: name a file for the answers, -o answers.csv"),
+        ([pictures, pictures / "ct.png", "What?", "-o", tmp_path / "a.csv"], "A folder is asked about alone"),
+        ([pictures / "ct.png", "What?", "-o", tmp_path / "a.csv"], "--output is for the answers about a folder"),
+        ([empty, "What?", "-o", tmp_path / "a.csv"], "has no picture that can be read"),
+        ([pictures], "The last argument is the text"),
+    ):
+        result = ask(*arguments, "-c", folder)
+        assert message in str(result.exception) and not (tmp_path / "a.csv").exists()
+
+
+def test_no_name_of_a_patient_is_said(folder, tmp_path):
+    dataset = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False))
+    for element in dataset.iterall():
+        if element.VR in ("PN", "LO", "SH", "ST", "DA", "TM", "AS") and element.tag.group != 0x0028:
+            element._value = pydicom.valuerep.PersonName("Doe^Jane") if element.VR == "PN" else "Doe^Jane"
+    with pydicom.config.disable_value_validation():
+        dataset.save_as(tmp_path / "scan")
+        dataset.PixelData = dataset.PixelData[:99]
+        dataset.save_as(tmp_path / "cut")
+    environment = os.environ | {"PYTHONWARNINGS": "always", "TRANSFORMERS_VERBOSITY": "debug"}
+    for name, code in (("scan", 0), ("cut", 1)):
+        arguments = ["ask", tmp_path / name, "What?", "-c", folder, "--max-new-tokens", 4]
+        process = start(*arguments, env=environment)
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == code and (output or "it is damaged" in errors)
+        assert b"Doe^Jane" in (tmp_path / name).read_bytes() and "Doe" not in output + errors

@@ -1,0 +1,93 @@
+"""`healthgpt draw`: sizes, sheets, and files that are whole or not there."""
+
+import json
+import signal
+
+import pytest
+from conftest import GOLDEN, full_disk
+from PIL import Image, ImageChops
+from pydicom.data import get_testdata_file
+from test_ask import start
+from typer.testing import CliRunner
+
+from healthgpt.app.cli import app
+from healthgpt.app.draw import LABEL, MARGIN, SHEET_HEIGHT
+
+
+def draw(*arguments):
+    return CliRunner().invoke(app, ["draw", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoints):
+    return checkpoints("m3").folder
+
+
+RETINA = GOLDEN / "images/retina.png"  # 180 x 140 pixels
+
+
+def test_the_size_of_the_input_and_a_sheet(folder, tmp_path):
+    square, wide, sheet = (tmp_path / f"{name}.png" for name in ("square", "wide", "sheet"))
+    result = draw(RETINA, "Reconstruct the image.", "-c", folder, "-o", square)
+    assert result.stdout == f"{square} (32 x 32 pixels)\n", result.output
+    options = ["--keep-aspect-ratio", "--sheet", sheet, "--json"]
+    result = draw(RETINA, "Reconstruct the image.", "-c", folder, "-o", wide, *options)
+    assert json.loads(result.stdout) == {
+        "output": str(wide),
+        "width": 180,
+        "height": 140,
+        "task": "generation",
+        "sheet": str(sheet),
+    }
+    drawn = Image.open(square).resize((180, 140), Image.Resampling.LANCZOS)
+    assert Image.open(wide).tobytes() == drawn.tobytes()
+    width = round(180 * SHEET_HEIGHT / 140)
+    assert Image.open(sheet).size == (2 * width + 3 * MARGIN, SHEET_HEIGHT + LABEL + 2 * MARGIN)
+    left, top = MARGIN, MARGIN + LABEL
+    for picture in (Image.open(RETINA).convert("RGB"), drawn):
+        part = Image.open(sheet).crop((left, top, left + width, top + SHEET_HEIGHT))
+        shown = picture.resize((width, SHEET_HEIGHT), Image.Resampling.LANCZOS)
+        assert ImageChops.difference(part, shown).getbbox() is None
+        assert Image.open(sheet).crop((left, 0, left + width, top)).convert("L").getextrema()[0] < 128  # a label
+        left += width + MARGIN
+
+
+def test_frames_of_volumes(folder, tmp_path):
+    path = get_testdata_file("examples_ybr_color.dcm", download=False)
+    for name, options in (("middle", []), ("15", ["--frame", 15]), ("0", ["--frame", 0])):
+        result = draw(path, "Reconstruct.", "-c", folder, "-o", tmp_path / f"{name}.png", *options)
+        assert result.exit_code == 0, result.output
+    middle, same, first = ((tmp_path / f"{name}.png").read_bytes() for name in ("middle", "15", "0"))
+    assert middle == same and middle != first
+    assert b"eXIf" not in middle and b"tEXt" not in middle
+
+
+def test_a_full_disk_leaves_nothing_and_an_old_picture_stays(folder, tmp_path):
+    output = tmp_path / "out.bmp"
+    output.write_bytes(b"old")
+    with full_disk(100):
+        result = draw("Draw.", "-c", folder, "-o", output)
+    assert isinstance(result.exception, OSError)
+    assert output.read_bytes() == b"old" and [path.name for path in tmp_path.iterdir()] == ["out.bmp"]
+
+
+def test_ctrl_c_leaves_nothing(tmp_path):
+    process = start("draw", RETINA, "Reconstruct the image.", "-o", tmp_path / "out.png")  # the small model
+    assert "small demonstration model" in process.stderr.readline()  # it is about to be loaded
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "") and not list(tmp_path.iterdir())
+
+
+def test_mistakes(folder, tmp_path):
+    output = ["-c", folder, "-o", tmp_path / "out.png"]
+    for arguments, message in (
+        (["Draw.", "--keep-aspect-ratio", *output], "needs one picture whose size to take, and 0 are given"),
+        ([RETINA, RETINA, "Draw.", "--keep-aspect-ratio", *output], "and 2 are given"),
+        (["Draw.", "--sheet", tmp_path / "sheet.txt", *output], "sheet.txt has no ending of a picture format"),
+        (["Draw.", "--sheet", tmp_path / "nowhere/sheet.png", *output], "nowhere does not exist"),
+        ([tmp_path, "Draw.", *output], "There is no picture file"),
+        ([RETINA, "Draw.", "--frame", 1, *output], "has no frame 1: it has 1, numbered from 0 to 0"),
+    ):
+        result = draw(*arguments)
+        assert message in str(result.exception) and not list(tmp_path.iterdir())

@@ -15,10 +15,11 @@ from .common import NANO, Checkpoint, Device, Dtype, count_parameters, load, pre
 from .evaluate import evaluation
 from .export import export, plugins, push
 from .train import train
+from .ui import ui
 
 # Packages that only some commands need, and the extra that brings them.
 EXTRA_OF = {"accelerate": "train", "datasets": "train", "tensorboard": "train", "sentencepiece": "export"}
-EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval"}
+EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval", "gradio": "ui"}
 
 app = typer.Typer(
     name="healthgpt",
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(export)
 app.command()(push)
 app.command()(train)
+app.command()(ui)
 app.add_typer(evaluation, name="eval")
 app.add_typer(plugins, name="plugin")
 

@@ -1,5 +1,6 @@
 """The page of `healthgpt ui`: a tab to chat about pictures and a tab to draw them, each if the checkpoint has tasks for it."""
 
+import html
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,20 +12,26 @@ from PIL import Image
 from ..processing_healthgpt import load_picture
 from .runner import Runner
 
-NOTE = "**Research use only, not a medical device.** Nothing it says or draws may guide a diagnosis or a treatment."
+HEADER = """
+<div class="bar">
+  <h1>HealthGPT</h1><span class="name">{name}</span>
+  <div class="note"><b>Research use only, not a medical device.</b>
+  Nothing it says or draws may guide a diagnosis or a treatment.</div>
+</div>
+"""
+CHAT_HINT = "### Ask about one or several pictures\nAttach them below, or take an example. Later questions may refer to earlier ones."
 HOUR = 3600
 # One generation at a time, whoever asks for it: the others wait in one queue and see their place.
 GENERATION = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
 CONTROL = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-THEME = gr.themes.Soft(
+THEME = gr.themes.Default(
     primary_hue="teal",
+    secondary_hue="teal",
     neutral_hue="slate",
+    radius_size="lg",
     font=("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"),
     font_mono=("ui-monospace", "Menlo", "Consolas", "monospace"),
 )
-STYLE = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
-"""
 
 
 @contextmanager
@@ -73,7 +80,7 @@ class Handlers:
         """Yields the emptied prompt and the chat with the answer so far; both stay as they are until there is one."""
         with one_sentence():
             files = [save(self.read(path), "picture") for path in prompt["files"]]
-            content = [*({"type": "file", "file": {"path": path}} for path in files)]
+            content = [*({"type": "file", "file": {"path": path, "mime_type": "image/png"}} for path in files)]
             history = [*history, {"role": "user", "content": [*content, {"type": "text", "text": prompt["text"]}]}]
             messages = [self.message(shown) for shown in history]
             emptied = None
@@ -118,6 +125,11 @@ def prompt_box(placeholder: str, autofocus: bool) -> gr.MultimodalTextbox:
     )
 
 
+def offer_examples(prompt, examples: list) -> None:
+    with gr.Column(elem_classes="examples"):
+        gr.Examples(examples, prompt, label="Examples")
+
+
 def task_picker(model, kind: str) -> gr.Dropdown:
     return gr.Dropdown([name for name, task in model.config.tasks.items() if task.kind == kind], label="Task")
 
@@ -132,12 +144,13 @@ def sampling_controls() -> list:
     return [sample, temperature, top_p, seed]
 
 
-def generate_on_submit(prompt: gr.MultimodalTextbox, function, inputs: list, outputs: list, **options) -> None:
+def generate_on_submit(prompt, function, inputs: list, outputs: list, progress, name: str) -> None:
     """Runs `function` when the prompt is sent; meanwhile its button stops the run."""
     busy = prompt.submit(lambda: gr.update(submit_btn=False, stop_btn=True), None, prompt, **CONTROL)
-    run = busy.then(function, [prompt, *inputs], outputs, **GENERATION, **options)
-    run.then(lambda: gr.update(submit_btn=True, stop_btn=False), None, prompt, **CONTROL)
-    prompt.stop(None, cancels=run, **CONTROL)
+    run = busy.then(function, [prompt, *inputs], outputs, api_name=name, show_progress_on=progress, **GENERATION)
+    stop = prompt.stop(None, cancels=run, **CONTROL)
+    for end in (run.then, run.failure, stop.then):
+        end(lambda: gr.update(submit_btn=True, stop_btn=False), None, prompt, **CONTROL)
 
 
 def build(model, processor, with_examples: bool) -> gr.Blocks:
@@ -152,35 +165,47 @@ def build(model, processor, with_examples: bool) -> gr.Blocks:
     handlers = Handlers(model, processor)
     kinds = {task.kind for task in model.config.tasks.values()}
     with gr.Blocks(title="HealthGPT", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as page:
-        gr.Markdown("# HealthGPT")
-        gr.Markdown(NOTE, elem_id="note")
+        gr.HTML(HEADER.format(name=html.escape(Path(model.name_or_path).name)), elem_id="header", padding=False)
         with gr.Tabs():
             if "text" in kinds:
                 with gr.Tab("Chat"), gr.Row():
                     with gr.Column(scale=3):
-                        chatbot = gr.Chatbot(show_label=False, height=440, buttons=["copy"])
-                        prompt = prompt_box("Ask about pictures: attach them, type, Enter", autofocus=True)
-                        if with_examples:
-                            gr.Examples(chat_examples(), prompt, label="Examples: phantoms, drawn pictures")
-                    with gr.Column(scale=1, min_width=260):
+                        chatbot = gr.Chatbot(
+                            show_label=False, buttons=["copy"], placeholder=CHAT_HINT, elem_id="chat"
+                        )
+                        prompt = prompt_box("Ask a question", autofocus=True)
+                        progress = gr.Markdown(elem_classes="progress")
+                    with gr.Column(scale=1, min_width=280):
                         task = task_picker(model, "text")
-                        length = gr.Slider(1, 2048, 1024, step=1, label="Longest answer in tokens")
-                        settings = [task, length, *sampling_controls()]
-                generate_on_submit(prompt, handlers.chat, [chatbot, *settings], [prompt, chatbot], api_name="chat")
+                        with gr.Accordion("Settings", open=False):
+                            length = gr.Slider(1, 2048, 1024, step=1, label="Longest answer, in tokens")
+                            controls = sampling_controls()
+                        if with_examples:
+                            offer_examples(prompt, chat_examples())
+                generate_on_submit(prompt, handlers.chat, [chatbot, task, length, *controls], [prompt, chatbot], progress, "chat")
             if "image" in kinds:
                 with gr.Tab("Draw"), gr.Row():
                     with gr.Column(scale=3):
-                        slider = gr.ImageSlider(label="Before and after", format="png", buttons=["fullscreen"], interactive=False)
-                        picture = gr.Image(label="Drawing", format="png", buttons=["fullscreen"], visible=False)
-                        progress = gr.Markdown()
-                        prompt = prompt_box("Say what to draw: attach pictures if it needs any, type, Enter", autofocus=False)
+                        slider = gr.ImageSlider(
+                            label="Before and after",
+                            format="png",
+                            buttons=["fullscreen"],
+                            interactive=False,
+                            elem_id="slider",
+                        )
+                        picture = gr.Image(label="Drawing", format="png", buttons=["fullscreen"], visible=False, elem_id="drawing")
+                        with gr.Row():
+                            progress = gr.Markdown(elem_classes="progress")
+                            download = gr.DownloadButton("Download", size="sm", interactive=False, scale=0)
+                        prompt = prompt_box("Say what to draw", autofocus=False)
+                    with gr.Column(scale=1, min_width=280):
+                        task = task_picker(model, "image")
+                        with gr.Accordion("Settings", open=False):
+                            controls = sampling_controls()
                         if with_examples:
-                            gr.Examples(draw_examples(), prompt, label="Examples: phantoms, drawn pictures")
-                    with gr.Column(scale=1, min_width=260):
-                        settings = [task_picker(model, "image"), *sampling_controls()]
-                        download = gr.DownloadButton("Download the drawing", interactive=False)
+                            offer_examples(prompt, draw_examples())
                 shown = [slider, picture, progress, download]
-                generate_on_submit(prompt, handlers.draw, settings, shown, api_name="draw", show_progress_on=progress)
+                generate_on_submit(prompt, handlers.draw, [task, *controls], shown, progress, "draw")
     return page
 
 
@@ -223,6 +248,6 @@ def serve(model, processor, host: str, port: int, with_examples: bool) -> gr.Blo
         run_history=False,
         footer_links=[],
         theme=THEME,
-        css=STYLE,
+        css_paths=Path(__file__).with_name("page.css"),
     )
     return page

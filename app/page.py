@@ -1,6 +1,7 @@
 """The page of `healthgpt ui`: a tab to chat about pictures and a tab to draw them, each if the checkpoint has tasks for it."""
 
 import html
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from ..phantoms.demo import ASKED
+from ..phantoms.samples import INSTRUCTIONS, comprehension_sample, drawing_sample
 from ..processing_healthgpt import load_picture
 from .runner import Runner
 
@@ -79,9 +82,10 @@ class Handlers:
     def chat(self, prompt: dict, history: list[dict], task: str, max_new_tokens: float, *controls):
         """Yields the emptied prompt and the chat with the answer so far; both stay as they are until there is one."""
         with one_sentence():
-            files = [save(self.read(path), "picture") for path in prompt["files"]]
-            content = [*({"type": "file", "file": {"path": path, "mime_type": "image/png"}} for path in files)]
-            history = [*history, {"role": "user", "content": [*content, {"type": "text", "text": prompt["text"]}]}]
+            paths = [save(self.read(path), "picture") for path in prompt["files"]]
+            files = [{"path": path, "orig_name": "picture.png", "mime_type": "image/png"} for path in paths]
+            content = [*({"type": "file", "file": file} for file in files), {"type": "text", "text": prompt["text"]}]
+            history = [*history, {"role": "user", "content": content}]
             messages = [self.message(shown) for shown in history]
             emptied = None
             for answer in self.runner.answer(
@@ -94,7 +98,7 @@ class Handlers:
         """Yields what slider, picture, progress and download show of the picture so far."""
         with one_sentence():
             given = [self.read(path) for path in prompt["files"]]
-            content = [*({"type": "image", "image": picture} for picture in given)]
+            content = [{"type": "image", "image": picture} for picture in given]
             messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt["text"]}]}]
             total = self.runner.model.config.vqgan_config.grid_size
             for picture, rows in self.runner.draw(messages, task, **sampling(*controls)):
@@ -121,13 +125,20 @@ def save(picture: Image.Image, name: str) -> str:
 def prompt_box(placeholder: str, autofocus: bool) -> gr.MultimodalTextbox:
     """Text and files, of any ending: DICOM files often have none."""
     return gr.MultimodalTextbox(
-        file_count="multiple", placeholder=placeholder, show_label=False, autofocus=autofocus, max_plain_text_length=10**6
+        file_count="multiple",
+        placeholder=placeholder,
+        show_label=False,
+        autofocus=autofocus,
+        max_plain_text_length=10**6,
     )
 
 
-def offer_examples(prompt, examples: list) -> None:
+def offer_examples(prompt: gr.MultimodalTextbox, samples: Iterable[dict]) -> None:
+    """A list of phantoms with their questions or instructions, which a click puts into the prompt."""
+    pictures = [(sample["instruction"], sample["input_image"]) for sample in samples]
+    prompts = [{"text": text, "files": [save(picture, "phantom")] if picture else []} for text, picture in pictures]
     with gr.Column(elem_classes="examples"):
-        gr.Examples(examples, prompt, label="Examples")
+        gr.Examples([[filled] for filled in prompts], prompt, label="Examples")
 
 
 def task_picker(model, kind: str) -> gr.Dropdown:
@@ -170,19 +181,21 @@ def build(model, processor, with_examples: bool) -> gr.Blocks:
             if "text" in kinds:
                 with gr.Tab("Chat"), gr.Row():
                     with gr.Column(scale=3):
-                        chatbot = gr.Chatbot(
-                            show_label=False, buttons=["copy"], placeholder=CHAT_HINT, elem_id="chat"
-                        )
+                        chatbot = gr.Chatbot(show_label=False, buttons=["copy"], placeholder=CHAT_HINT, elem_id="chat")
                         prompt = prompt_box("Ask a question", autofocus=True)
                         progress = gr.Markdown(elem_classes="progress")
                     with gr.Column(scale=1, min_width=280):
                         task = task_picker(model, "text")
                         with gr.Accordion("Settings", open=False):
-                            length = gr.Slider(1, 2048, 1024, step=1, label="Longest answer, in tokens")
+                            length = gr.Slider(1, 2048, 1024, step=1, label="Longest answer (tokens)")
                             controls = sampling_controls()
                         if with_examples:
-                            offer_examples(prompt, chat_examples())
-                generate_on_submit(prompt, handlers.chat, [chatbot, task, length, *controls], [prompt, chatbot], progress, "chat")
+                            offer_examples(
+                                prompt, (comprehension_sample("test", number, kind) for kind, number in ASKED)
+                            )
+                generate_on_submit(
+                    prompt, handlers.chat, [chatbot, task, length, *controls], [prompt, chatbot], progress, "chat"
+                )
             if "image" in kinds:
                 with gr.Tab("Draw"), gr.Row():
                     with gr.Column(scale=3):
@@ -193,7 +206,9 @@ def build(model, processor, with_examples: bool) -> gr.Blocks:
                             interactive=False,
                             elem_id="slider",
                         )
-                        picture = gr.Image(label="Drawing", format="png", buttons=["fullscreen"], visible=False, elem_id="drawing")
+                        picture = gr.Image(
+                            label="Drawing", format="png", buttons=["fullscreen"], visible=False, elem_id="drawing"
+                        )
                         with gr.Row():
                             progress = gr.Markdown(elem_classes="progress")
                             download = gr.DownloadButton("Download", size="sm", interactive=False, scale=0)
@@ -203,35 +218,10 @@ def build(model, processor, with_examples: bool) -> gr.Blocks:
                         with gr.Accordion("Settings", open=False):
                             controls = sampling_controls()
                         if with_examples:
-                            offer_examples(prompt, draw_examples())
+                            offer_examples(prompt, (drawing_sample("test", 0, kind) for kind in INSTRUCTIONS))
                 shown = [slider, picture, progress, download]
                 generate_on_submit(prompt, handlers.draw, [task, *controls], shown, progress, "draw")
     return page
-
-
-def chat_examples() -> list:
-    from ..phantoms.demo import ASKED
-    from ..phantoms.samples import comprehension_sample
-
-    return examples(comprehension_sample("test", number, kind) for kind, number in ASKED)
-
-
-def draw_examples() -> list:
-    from ..phantoms.samples import INSTRUCTIONS, drawing_sample
-
-    return examples(drawing_sample("test", 0, kind) for kind in INSTRUCTIONS)
-
-
-def examples(samples) -> list[list[dict]]:
-    return [
-        [
-            {
-                "text": sample["instruction"],
-                "files": [] if sample["input_image"] is None else [save(sample["input_image"], "phantom")],
-            }
-        ]
-        for sample in samples
-    ]
 
 
 def serve(model, processor, host: str, port: int, with_examples: bool) -> gr.Blocks:

@@ -46,9 +46,11 @@ def one_sentence():
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def sampling(sample: bool, temperature: float, top_p: float, seed: float) -> dict:
+def sampling(sample: bool, temperature: float, top_p: float, seed: int | None) -> dict:
     """Options of a `Runner` for the values of `sampling_controls`."""
-    return {"temperature": temperature, "top_p": top_p, "seed": int(seed)} if sample else {}
+    if sample and seed is None:
+        raise ValueError("Sampling needs a seed, but the field is empty: give a whole number.")
+    return {"temperature": temperature, "top_p": top_p, "seed": seed} if sample else {}
 
 
 class Handlers:
@@ -79,7 +81,7 @@ class Handlers:
         ]
         return {"role": shown["role"], "content": content}
 
-    def chat(self, prompt: dict, history: list[dict], task: str, max_new_tokens: float, *controls):
+    def chat(self, prompt: dict, history: list[dict], task: str, max_new_tokens: int, *controls):
         """Yields the emptied prompt and the chat with the answer so far; both stay as they are until there is one."""
         with one_sentence():
             paths = [save(self.read(path), "picture") for path in prompt["files"]]
@@ -88,9 +90,7 @@ class Handlers:
             history = [*history, {"role": "user", "content": content}]
             messages = [self.message(shown) for shown in history]
             emptied = None
-            for answer in self.runner.answer(
-                messages, task, max_new_tokens=int(max_new_tokens), **sampling(*controls)
-            ):
+            for answer in self.runner.answer(messages, task, max_new_tokens=max_new_tokens, **sampling(*controls)):
                 yield emptied, [*history, {"role": "assistant", "content": answer}]
                 emptied = gr.skip()  # the next question may be being written
 
@@ -150,7 +150,7 @@ def sampling_controls() -> list:
     with gr.Column(visible=False) as details:
         temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature")
         top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p")
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
     sample.change(lambda on: gr.update(visible=on), sample, details, **CONTROL)
     return [sample, temperature, top_p, seed]
 

@@ -38,7 +38,7 @@ lint: $(VENV)/installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 
-test-newest: $(VENV)/installed
+test-newest: $(VENV)/installed $(VENV)/browser
 	$(RUN)/python -m pytest tests
 
 # The golden tests once more, on the lowest transformers that works; only transformers and what it needs are older.
@@ -53,6 +53,11 @@ $(VENV)/installed: requirements-dev.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --requirement requirements-dev.txt
 	$(RUN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+# The page is tested in Chromium; without one, and without apt-get to install it, those tests are skipped and say so.
+$(VENV)/browser: $(VENV)/installed
+	command -v chromium || { command -v apt-get && apt-get update --quiet && apt-get install --quiet --yes chromium; } || true
 	touch $@
 
 $(VENV)/lowest/installed: $(VENV)/installed

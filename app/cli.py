@@ -11,17 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .ask import ask
-from .common import AsJson, count_parameters, require_checkpoint, working
+from .common import EXTRA_OF, AsJson, count_parameters, missing, require_checkpoint, working
 from .draw import draw
 from .evaluate import evaluation
 from .explain import explain
 from .export import export, plugins, push
 from .train import train
-
-# Packages that only some commands need, and the extra that brings them.
-EXTRA_OF = {"accelerate": "train", "datasets": "train", "tensorboard": "train", "sentencepiece": "export"}
-EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval", "pydicom": "dicom", "nibabel": "dicom"}
-EXTRA_OF |= {"matplotlib": "plot"}
+from .ui import ui
 
 app = typer.Typer(
     name="healthgpt",
@@ -38,6 +34,7 @@ app.command()(export)
 app.command()(push)
 app.command()(explain)
 app.command()(train)
+app.command()(ui)
 app.add_typer(evaluation, name="eval")
 app.add_typer(plugins, name="plugin")
 
@@ -106,7 +103,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in EXTRA_OF:
             raise
-        typer.echo(f"Error: this needs {error.name}: pip install healthgpt[{EXTRA_OF[error.name]}].", err=True)
+        typer.echo(f"Error: {missing(error)}", err=True)
         sys.exit(1)
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)

@@ -18,6 +18,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+# Packages that only some commands need, and the extra that brings them.
+EXTRA_OF = {"accelerate": "train", "datasets": "train", "tensorboard": "train", "sentencepiece": "export"}
+EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval", "pydicom": "dicom", "nibabel": "dicom"}
+EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui"}
+
 # The small model that comes with the package.
 NANO = str(Path(__file__).parent.parent / "nano")
 
@@ -86,6 +91,11 @@ def require_checkpoint(checkpoint: str) -> None:
     model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
     if model_type != "healthgpt":
         raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: its config.json is that of a {model_type} model.")
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """What to install for a package of `EXTRA_OF` that is not there."""
+    return f"this needs {error.name}: pip install healthgpt[{EXTRA_OF[error.name]}]."
 
 
 def require_kind(model, task: str, kind: str) -> None:

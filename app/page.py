@@ -1,0 +1,247 @@
+"""The page of `healthgpt ui`: a tab to chat about pictures and a tab to draw them, each if the checkpoint has tasks for it."""
+
+import html
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
+from PIL import Image
+
+from ..medical import open_picture
+from ..phantoms.demo import ASKED
+from ..phantoms.samples import INSTRUCTIONS, comprehension_sample, drawing_sample
+from ..processing_healthgpt import load_picture
+from .common import missing
+from .runner import Runner
+
+HEADER = """
+<div class="bar">
+  <h1>HealthGPT</h1><span class="name">{name}</span>
+  <div class="note"><b>Research use only, not a medical device.</b>
+  Nothing it says or draws may guide a diagnosis or a treatment.</div>
+</div>
+"""
+CHAT_HINT = "### Ask about one or several pictures\nAttach them below, or take an example. Later questions may refer to earlier ones."
+HOUR = 3600
+# One generation at a time, whoever asks for it: the others wait in one queue and see their place.
+GENERATION = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
+CONTROL = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+THEME = gr.themes.Default(
+    primary_hue="teal",
+    secondary_hue="teal",
+    neutral_hue="slate",
+    radius_size="lg",
+    font=("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"),
+    font_mono=("ui-monospace", "Menlo", "Consolas", "monospace"),
+)
+
+
+@contextmanager
+def one_sentence():
+    """Shows what is wrong with an input to whoever gave it, and a traceback to nobody."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    except ModuleNotFoundError as error:  # of the medical files
+        raise gr.Error(f"T{missing(error)[1:]}", print_exception=False) from error
+
+
+def sampling(sample: bool, temperature: float, top_p: float, seed: int | None) -> dict:
+    """Options of a `Runner` for the values of `sampling_controls`."""
+    if sample and seed is None:
+        raise ValueError("Sampling needs a seed, but the field is empty: give a whole number.")
+    return {"temperature": temperature, "top_p": top_p, "seed": seed} if sample else {}
+
+
+class Handlers:
+    """
+    What the page does. They keep nothing of anybody: a chat lives in its browser and comes with every question.
+
+    Args:
+        model (`HealthGPTForConditionalGeneration`): The model.
+        processor (`HealthGPTProcessor`): Its processor.
+    """
+
+    def __init__(self, model, processor):
+        self.runner = Runner(model, processor)
+        self.image_size = processor.image_size
+
+    def read(self, path: str) -> Image.Image:
+        """The picture in a file as the model gets it: RGB, 8 bits."""
+        try:
+            return load_picture(open_picture(path), self.image_size)
+        except (ValueError, OSError) as error:
+            raise ValueError(str(error).replace(path, Path(path).name)) from error
+
+    def message(self, shown: dict) -> dict:
+        """A message to the model of one that the chat shows, in which pictures are files."""
+        content = [
+            part if part["type"] == "text" else {"type": "image", "image": self.read(part["file"]["path"])}
+            for part in shown["content"]
+        ]
+        return {"role": shown["role"], "content": content}
+
+    def chat(self, prompt: dict, history: list[dict], task: str, max_new_tokens: int, *controls):
+        """Yields the emptied prompt and the chat with the answer so far; both stay as they are until there is one."""
+        with one_sentence():
+            paths = [save(self.read(path), "picture") for path in prompt["files"]]
+            files = [{"path": path, "orig_name": "picture.png", "mime_type": "image/png"} for path in paths]
+            content = [*({"type": "file", "file": file} for file in files), {"type": "text", "text": prompt["text"]}]
+            history = [*history, {"role": "user", "content": content}]
+            messages = [self.message(shown) for shown in history]
+            emptied = None
+            for answer in self.runner.answer(messages, task, max_new_tokens=max_new_tokens, **sampling(*controls)):
+                yield emptied, [*history, {"role": "assistant", "content": answer}]
+                emptied = gr.skip()  # the next question may be being written
+
+    def draw(self, prompt: dict, task: str, *controls):
+        """Yields what slider, picture, progress and download show of the picture so far."""
+        with one_sentence():
+            given = [self.read(path) for path in prompt["files"]]
+            content = [{"type": "image", "image": picture} for picture in given]
+            messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt["text"]}]}]
+            total = self.runner.model.config.vqgan_config.grid_size
+            for picture, rows in self.runner.draw(messages, task, **sampling(*controls)):
+                before = given[0].resize(picture.size, Image.Resampling.LANCZOS) if given else picture
+                yield (
+                    gr.update(value=(before, picture), visible=bool(given)),
+                    gr.update(value=picture, visible=not given),
+                    f"Row {rows} of {total}",
+                    gr.update(interactive=False),
+                )
+            yield (
+                gr.skip(),
+                gr.skip(),
+                f"{picture.width} x {picture.height} pixels",
+                gr.update(value=save(picture, "drawing"), interactive=True),
+            )
+
+
+def save(picture: Image.Image, name: str) -> str:
+    """A file that the browser may fetch."""
+    return save_pil_to_cache(picture, get_upload_folder(), name, "png")
+
+
+def prompt_box(placeholder: str, autofocus: bool) -> gr.MultimodalTextbox:
+    """Text and files, of any ending: DICOM files often have none."""
+    return gr.MultimodalTextbox(
+        file_count="multiple",
+        placeholder=placeholder,
+        show_label=False,
+        autofocus=autofocus,
+        max_plain_text_length=10**6,
+    )
+
+
+def offer_examples(prompt: gr.MultimodalTextbox, samples: Iterable[dict]) -> None:
+    """A list of phantoms with their questions or instructions, which a click puts into the prompt."""
+    pictures = [(sample["instruction"], sample["input_image"]) for sample in samples]
+    prompts = [{"text": text, "files": [save(picture, "phantom")] if picture else []} for text, picture in pictures]
+    with gr.Column(elem_classes="examples"):
+        gr.Examples([[filled] for filled in prompts], prompt, label="Examples")
+
+
+def task_picker(model, kind: str) -> gr.Dropdown:
+    return gr.Dropdown([name for name, task in model.config.tasks.items() if task.kind == kind], label="Task")
+
+
+def sampling_controls() -> list:
+    sample = gr.Checkbox(label="Sample", info="Off: the most likely words or codes, always the same.")
+    with gr.Column(visible=False) as details:
+        temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature")
+        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p")
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
+    sample.change(lambda on: gr.update(visible=on), sample, details, **CONTROL)
+    return [sample, temperature, top_p, seed]
+
+
+def generate_on_submit(prompt, function, inputs: list, outputs: list, progress, name: str) -> None:
+    """Runs `function` when the prompt is sent; meanwhile its button stops the run."""
+    busy = prompt.submit(lambda: gr.update(submit_btn=False, stop_btn=True), None, prompt, **CONTROL)
+    run = busy.then(function, [prompt, *inputs], outputs, api_name=name, show_progress_on=progress, **GENERATION)
+    stop = prompt.stop(None, cancels=run, **CONTROL)
+    for end in (run.then, run.failure, stop.then):
+        end(lambda: gr.update(submit_btn=True, stop_btn=False), None, prompt, **CONTROL)
+
+
+def build(model, processor, with_examples: bool) -> gr.Blocks:
+    """
+    The page.
+
+    Args:
+        model (`HealthGPTForConditionalGeneration`): The model.
+        processor (`HealthGPTProcessor`): Its processor.
+        with_examples (`bool`): Whether to offer phantoms, which only the small model knows.
+    """
+    handlers = Handlers(model, processor)
+    kinds = {task.kind for task in model.config.tasks.values()}
+    with gr.Blocks(title="HealthGPT", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as page:
+        gr.HTML(HEADER.format(name=html.escape(Path(model.name_or_path).name)), elem_id="header", padding=False)
+        with gr.Tabs():
+            if "text" in kinds:
+                with gr.Tab("Chat"), gr.Row():
+                    with gr.Column(scale=3):
+                        chatbot = gr.Chatbot(show_label=False, buttons=["copy"], placeholder=CHAT_HINT, elem_id="chat")
+                        prompt = prompt_box("Ask a question", autofocus=True)
+                        progress = gr.Markdown(elem_classes="progress")
+                    with gr.Column(scale=1, min_width=280):
+                        task = task_picker(model, "text")
+                        with gr.Accordion("Settings", open=False):
+                            length = gr.Slider(1, 2048, 1024, step=1, label="Longest answer (tokens)")
+                            controls = sampling_controls()
+                        if with_examples:
+                            offer_examples(
+                                prompt, (comprehension_sample("test", number, kind) for kind, number in ASKED)
+                            )
+                generate_on_submit(
+                    prompt, handlers.chat, [chatbot, task, length, *controls], [prompt, chatbot], progress, "chat"
+                )
+            if "image" in kinds:
+                with gr.Tab("Draw"), gr.Row():
+                    with gr.Column(scale=3):
+                        slider = gr.ImageSlider(
+                            label="Before and after",
+                            format="png",
+                            buttons=["fullscreen"],
+                            interactive=False,
+                            elem_id="slider",
+                        )
+                        picture = gr.Image(
+                            label="Drawing", format="png", buttons=["fullscreen"], visible=False, elem_id="drawing"
+                        )
+                        with gr.Row():
+                            progress = gr.Markdown(elem_classes="progress")
+                            download = gr.DownloadButton("Download", size="sm", interactive=False, scale=0)
+                        prompt = prompt_box("Say what to draw", autofocus=False)
+                    with gr.Column(scale=1, min_width=280):
+                        task = task_picker(model, "image")
+                        with gr.Accordion("Settings", open=False):
+                            controls = sampling_controls()
+                        if with_examples:
+                            offer_examples(prompt, (drawing_sample("test", 0, kind) for kind in INSTRUCTIONS))
+                shown = [slider, picture, progress, download]
+                generate_on_submit(prompt, handlers.draw, [task, *controls], shown, progress, "draw")
+    return page
+
+
+def serve(model, processor, host: str, port: int, with_examples: bool) -> gr.Blocks:
+    """Starts to serve the page, to this machine or network only, and returns it."""
+    page = build(model, processor, with_examples)
+    page.launch(
+        prevent_thread_lock=True,
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        ssr_mode=False,
+        enable_monitoring=False,
+        run_history=False,
+        footer_links=[],
+        theme=THEME,
+        css_paths=Path(__file__).with_name("page.css"),
+    )
+    return page

@@ -1,0 +1,33 @@
+"""`healthgpt ui`: the page in a browser, served from this machine."""
+
+import os
+import tempfile
+from typing import Annotated
+
+import typer
+
+from .common import NANO, Checkpoint, Device, Dtype, load
+
+
+def ui(
+    checkpoint: Checkpoint = NANO,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """
+    Serves a page to chat about pictures and to draw them, until it is interrupted.
+
+    Uploads and drawings lie in a temporary folder that is deleted at the end. Nothing is logged, nothing leaves the machine.
+
+    Example: healthgpt ui -c HealthGPT-M3
+    """
+    from .page import serve
+
+    model, processor = load(checkpoint, device, dtype)
+    with tempfile.TemporaryDirectory(prefix="healthgpt-ui-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = serve(model, processor, host, port, with_examples=checkpoint == NANO)
+        typer.echo(f"The page is at {page.local_url} until Ctrl-C.")
+        page.block_thread()

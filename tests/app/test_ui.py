@@ -1,0 +1,361 @@
+"""The page in a real browser, with the small model: what people see, and what they must not see of each other."""
+
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import gradio as gr
+import pytest
+import torch
+from conftest import GOLDEN
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+from typer.testing import CliRunner
+
+from healthgpt.app.cli import app, main
+from healthgpt.app.common import NANO, prepare
+from healthgpt.app.common import load as load_checkpoint
+from healthgpt.app.page import build, serve
+from healthgpt.app.runner import Runner
+from healthgpt.phantoms.samples import INSTRUCTIONS, drawing_sample
+
+SCREENSHOTS = Path(__file__).parents[2] / "build/screenshots"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CT, RETINA = (str(GOLDEN / f"images/{name}.png") for name in ("ct", "retina"))
+QUESTION = "Describe this picture."
+expect.set_options(timeout=60_000)
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def command_line(*arguments):
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+class Served:
+    """The page, served from this process. Steps of its model are counted, and can be slowed down or held at one."""
+
+    def __init__(self):
+        self.model, self.processor = load_checkpoint(NANO, "cpu", None)
+        self.steps, self.pause, self.last = 0, 0.0, math.inf
+        self.model.register_forward_pre_hook(self.step)
+        self.page = serve(self.model, self.processor, "127.0.0.1", free_port(), with_examples=True)
+
+    def step(self, *inputs):
+        self.steps += 1
+        time.sleep(self.pause)
+        while self.steps > self.last:
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        served = Served()
+        yield served
+        served.page.close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if BROWSER is None:
+        pytest.skip("There is no Chromium; make's target browser installs it where there is apt-get.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def ct_answer():
+    return command_line("ask", CT, QUESTION).strip()
+
+
+@pytest.fixture
+def visit(served, chromium):
+    """Opens the page as somebody new; whoever visits must not be sent anywhere else."""
+    visitors, requests = [], []
+
+    def open_page(**options):
+        page = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options}).new_page()
+        page.set_default_timeout(60_000)
+        visitors.append(page.context)
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(served.page.local_url)
+        expect(prompt(page)).to_be_visible()
+        return page
+
+    yield open_page
+    served.pause, served.last = 0.0, math.inf
+    for visitor in visitors:
+        visitor.close()
+    assert requests
+    assert all(url.startswith((served.page.local_url, "data:", "blob:")) for url in requests)
+
+
+def prompt(page):
+    return page.locator("textarea:visible")
+
+
+def panel(page):
+    """The tab that is open."""
+    return page.get_by_role("tabpanel")
+
+
+def attach(page, *files):
+    panel(page).locator("input[type=file]").set_input_files(files)
+    expect(panel(page).locator(".thumbnail-item")).to_have_count(len(files))
+
+
+def send(page, text, *files):
+    if files:
+        attach(page, *files)
+    prompt(page).fill(text)
+    prompt(page).press("Enter")
+
+
+def answers(page):
+    return page.locator("[data-testid=bot]")
+
+
+def progress(page):
+    return panel(page).locator(".block.progress")
+
+
+def finished(page):
+    expect(panel(page).get_by_label("Submit")).to_be_visible(timeout=20_000)
+
+
+def keep(page, name):
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+# Puts every text that `selector` shows, once it changes, into window.seen.
+RECORD = """selector => {
+    window.seen = [];
+    new MutationObserver(() => {
+        const text = [...document.querySelectorAll(selector)].map(node => node.innerText.trim()).join("|");
+        if (text && text !== window.seen.at(-1)) window.seen.push(text);
+    }).observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
+
+
+def test_an_answer_grows_into_what_the_command_line_answers(visit, served, ct_answer):
+    page = visit()
+    page.evaluate(RECORD, "[data-testid=bot]")
+    served.pause = 0.05
+    send(page, QUESTION, CT)
+    finished(page)
+    expect(answers(page)).to_have_text(ct_answer)
+    seen = page.evaluate("window.seen")
+    assert len(seen) > 1 and all(ct_answer.startswith(part) for part in seen)
+    keep(page, "chat")
+
+    served.pause = 0.0
+    send(page, "Which organ does this show?")
+    expect(answers(page)).to_have_count(2)
+    finished(page)
+    picture = {"type": "image", "image": CT}
+    messages = [
+        {"role": "user", "content": [picture, {"type": "text", "text": QUESTION}]},
+        {"role": "assistant", "content": ct_answer},
+        {"role": "user", "content": "Which organ does this show?"},
+    ]
+    *_, second = Runner(served.model, served.processor).answer(messages, "comprehension", max_new_tokens=64)
+    expect(answers(page).last).to_have_text(second)
+
+
+@pytest.mark.parametrize(("example", "instruction"), [(0, "Turn this CT into an MRI."), (4, "Draw a chest X-ray.")])
+def test_a_picture_appears_row_by_row_and_is_the_models(visit, served, tmp_path, example, instruction):
+    page = visit()
+    page.get_by_role("tab", name="Draw").click()
+    page.evaluate(RECORD, "[role=tabpanel] .progress p")
+    panel(page).locator(".gallery-item").nth(example).click()
+    expect(prompt(page)).to_have_value(re.compile(instruction))
+    served.pause = 0.02
+    prompt(page).press("Enter")
+    expect(progress(page)).to_have_text("64 x 64 pixels")
+    finished(page)
+    rows = [int(text.split()[1]) for text in page.evaluate("window.seen") if text.startswith("Row")]
+    assert len(rows) > 1 and rows == sorted(set(rows)) and set(rows) <= set(range(1, 9))
+    with page.expect_download() as download:
+        panel(page).get_by_text("Download").click()
+    download.value.save_as(tmp_path / "page.png")
+
+    sample = drawing_sample("test", 0, tuple(INSTRUCTIONS)[example])
+    given = [tmp_path / "given.png"] if sample["input_image"] else []
+    for path in given:
+        sample["input_image"].save(path)
+    command_line("draw", *given, sample["instruction"], "-o", tmp_path / "line.png")
+    assert Image.open(tmp_path / "page.png").tobytes() == Image.open(tmp_path / "line.png").tobytes()
+    expect(page.locator("#slider img")).to_have_count(2 if given else 0)
+    expect(page.locator("#drawing img")).to_have_count(0 if given else 1)
+    keep(page, f"draw-{example}")
+
+
+def test_sampling_follows_its_settings_and_its_seed(visit, served):
+    page = visit()
+    page.get_by_role("tab", name="Draw").click()
+    panel(page).get_by_role("button", name="Settings").click()
+    panel(page).get_by_label("Sample").check()
+    panel(page).get_by_label("number input for Top p").fill("0.9")
+    panel(page).get_by_label("Seed").fill("7")
+    send(page, "Draw a chest X-ray.")
+    expect(progress(page)).to_have_text("64 x 64 pixels")
+    keep(page, "settings")
+    with page.expect_download() as download:
+        panel(page).get_by_text("Download").click()
+
+    inputs = prepare(
+        served.model, served.processor, [{"role": "user", "content": "Draw a chest X-ray."}], "generation"
+    )
+    torch.manual_seed(7)
+    sequences = served.model.generate(**inputs, task="generation", do_sample=True, temperature=1.0, top_p=0.9)
+    pixels = served.model.decode_image_tokens(sequences)
+    [drawn] = served.processor.post_process_multimodal_output(pixels, generation_mode="image")
+    assert Image.open(download.value.path()).tobytes() == drawn.tobytes()
+
+
+@pytest.mark.parametrize("leave", ["stop", "close"])
+def test_who_stops_or_leaves_ends_the_drawing(visit, served, ct_answer, leave):
+    page = visit()
+    page.get_by_role("tab", name="Draw").click()
+    served.steps, served.last = 0, 12
+    send(page, "Draw a chest X-ray.")
+    expect(progress(page)).to_have_text("Row 1 of 8")
+    served.pause, served.last = 0.2, math.inf
+    if leave == "stop":
+        panel(page).get_by_label("Stop").click()
+        finished(page)
+    else:
+        page.close()
+    steps = -1
+    while steps < served.steps:
+        steps = served.steps
+        time.sleep(1)
+    assert 8 <= steps < 64
+    served.pause = 0.0
+    after = visit()
+    send(after, QUESTION, CT)
+    expect(answers(after)).to_have_text(ct_answer)
+
+
+def test_mistakes_are_answered_in_one_sentence(visit, ct_answer, tmp_path):
+    page = visit()
+    (tmp_path / "notes.png").write_text("These are notes.")
+    for files, text, sentence in (
+        ([tmp_path / "notes.png"], QUESTION, "cannot identify image file 'notes.png'"),
+        ([CT], "", "The last message has no text, which task 'comprehension' needs."),
+        ([CT, RETINA] * 4, QUESTION, "but the model's window is"),
+    ):
+        send(page, text, *files)
+        expect(page.get_by_role("status").last).to_contain_text(sentence)
+        finished(page)
+        expect(prompt(page)).to_have_value(text)
+        expect(answers(page)).to_have_count(0)
+        keep(page, f"mistake-{len(files)}")
+        page.reload()
+    send(page, QUESTION, CT)
+    expect(answers(page)).to_have_text(ct_answer)
+
+
+def test_two_people_at_once_get_their_own_answers(visit, served):
+    pages = {CT: visit(), RETINA: visit()}
+    served.steps, served.last = 0, 2
+    send(pages[CT], QUESTION, CT)
+    expect(answers(pages[CT])).to_have_count(1)
+    send(pages[RETINA], QUESTION, RETINA)
+    expect(progress(pages[RETINA])).to_contain_text("queue: 1/1")
+    served.last = math.inf
+    for path, page in pages.items():
+        finished(page)
+        expect(answers(page)).to_have_text(command_line("ask", path, QUESTION).strip())
+        expect(page.locator("[data-testid=user]")).to_have_count(2)
+        expect(page.locator("[data-testid=user] img")).to_have_count(1)
+    pictures = [page.locator("[data-testid=user] img").get_attribute("src") for page in pages.values()]
+    assert len(set(pictures)) == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_nothing_scrolls_sideways_and_the_note_stays(visit, scheme):
+    page = visit(**PHONE, color_scheme=scheme)
+    for name in ("Chat", "Draw"):
+        page.get_by_role("tab", name=name).tap()
+        panel(page).get_by_role("button", name="Settings").tap()
+        panel(page).get_by_label("Sample").check()
+        panel(page).locator(".gallery-item").nth(1).tap()
+        prompt(page).press("Enter")
+        finished(page)
+        page.mouse.wheel(0, 5000)
+        expect(page.get_by_text("not a medical device")).to_be_in_viewport(ratio=1)
+        assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+        page.evaluate("scrollTo(0, 0)")
+        keep(page, f"phone-{name}-{scheme}")
+
+
+def test_the_keyboard_is_enough(visit, ct_answer):
+    page = visit()
+    expect(prompt(page)).to_be_focused()
+    page.keyboard.press("Shift+Tab")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(CT)
+    expect(panel(page).locator(".thumbnail-item")).to_have_count(1)
+    page.keyboard.press("Tab")
+    while not prompt(page).evaluate("node => node === document.activeElement"):
+        page.keyboard.press("Tab")
+    page.keyboard.type(QUESTION)
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_have_text(ct_answer)
+
+
+def test_a_tab_without_tasks_is_not_shown(load):
+    tabs = {name: build(*load(name), with_examples=False) for name in ("l14", "m3")}
+    labels = {
+        name: [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
+        for name, page in tabs.items()
+    }
+    assert labels == {"l14": ["Chat"], "m3": ["Chat", "Draw"]}
+
+
+def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(tmp_path):
+    port = free_port()
+    script = "from healthgpt.app.cli import main; main()"
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "GRADIO_SHARE": "True"}
+    command = [sys.executable, "-c", script, "ui", "--port", str(port), "--device", "cpu"]
+    with subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == f"The page is at http://127.0.0.1:{port}/ until Ctrl-C.\n"
+        with urlopen(f"http://127.0.0.1:{port}/") as answer:
+            assert b"HealthGPT" in answer.read()
+        assert [path.name[:13] for path in tmp_path.iterdir()] == ["healthgpt-ui-"]
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in errors, list(tmp_path.iterdir())) == (0, False, []), output + errors
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "healthgpt.app.page")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(sys, "argv", ["healthgpt", "ui"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == "Error: this needs gradio: pip install healthgpt[ui].\n"

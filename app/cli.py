@@ -103,7 +103,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in EXTRA_OF:
             raise
-        typer.echo(f"Error: {missing(error)}", err=True)
+        typer.echo(f"Error: this {missing(error)}", err=True)
         sys.exit(1)
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)

@@ -94,8 +94,8 @@ def require_checkpoint(checkpoint: str) -> None:
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """What to install for a package of `EXTRA_OF` that is not there."""
-    return f"this needs {error.name}: pip install healthgpt[{EXTRA_OF[error.name]}]."
+    """That something needs a package of `EXTRA_OF`, and how to install it."""
+    return f"needs {error.name}: pip install healthgpt[{EXTRA_OF[error.name]}]."
 
 
 def require_kind(model, task: str, kind: str) -> None:

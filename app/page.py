@@ -47,7 +47,7 @@ def one_sentence():
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from error
     except ModuleNotFoundError as error:  # of the medical files
-        raise gr.Error(f"T{missing(error)[1:]}", print_exception=False) from error
+        raise gr.Error(f"This {missing(error)}", print_exception=False) from error
 
 
 def sampling(sample: bool, temperature: float, top_p: float, seed: int | None) -> dict:

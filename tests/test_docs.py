@@ -7,14 +7,17 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import datasets
+import nbformat
 import pytest
 from conftest import GOLDEN
 from datasets import Dataset, Features, Value
 from hub_server import TOKEN
 from hub_server import serve as serve_hub
+from nbclient import NotebookClient
 from PIL import Image
 from snippets import read_snippets
 from warm import programs
@@ -105,3 +108,30 @@ def test_snippets_run_as_printed(page, folder, environment):
         assert (folder / name).is_file(), name
     for picture in folder.glob("*.png"):
         assert Image.open(picture).getbbox() is not None, f"{picture.name} is empty"
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [("ask", "assert answer == 'CT' and right >= 15"), ("draw", "assert similarity['SSIM'] > 85 and chest.getbbox()")],
+)
+def test_notebooks_run_and_are_stored_without_output(name, check, tmp_path):
+    notebook = nbformat.read(DOCS / f"notebooks/{name}.ipynb", as_version=4)
+    assert not any(cell.outputs for cell in notebook.cells if cell.cell_type == "code")
+    notebook.cells.append(nbformat.v4.new_code_cell(check))
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+
+
+def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    pages = {page.relative_to(tmp_path): page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
+    assert not [name for name, text in pages.items() if re.search(r'(?:src|<link[^>]* href)="?(?:https?:)?//', text)]
+    assert 'id="healthgpt.training.HealthGPTTrainer"' in pages[Path("reference/training/index.html")]
+
+
+def test_every_link_of_the_front_pages_leads_somewhere():
+    for document in ROOT.glob("*.md"):
+        for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"

@@ -170,7 +170,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in EXTRA_OF:
             raise
-        typer.echo(f"Error: this needs {error.name}: pip install healthgpt[{EXTRA_OF[error.name]}].", err=True)
+        extra = "eval" if error.name == "datasets" and sys.argv[1] == "eval" else EXTRA_OF[error.name]
+        typer.echo(f"Error: this needs {error.name}: pip install healthgpt[{extra}].", err=True)
         sys.exit(1)
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -26,7 +27,8 @@ def programs(folder: Path, environment: dict[str, str]):
     for name in PROGRAMS:
         write_script(folder / name, f'exec {sys.executable} -I -S {__file__} {address} {name} "$@"')
     write_script(folder / "torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')
-    server = subprocess.Popen([sys.executable, __file__, address], env=environment, stdout=subprocess.PIPE)
+    command = [sys.executable, __file__, address]
+    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         if not server.stdout.readline():
             raise RuntimeError("The process that has everything imported did not start.")
@@ -55,7 +57,7 @@ def serve(address: str) -> None:
         listener.bind(address)
         listener.listen()
         print("ready", flush=True)
-        while True:
+        while select.select([listener, sys.stdin], [], [])[0] == [listener]:  # stdin ends with those who started it
             connection, _ = listener.accept()
             if os.fork() == 0:
                 listener.close()

@@ -110,6 +110,13 @@ def test_snippets_run_as_printed(page, folder, environment):
         assert Image.open(picture).getbbox() is not None, f"{picture.name} is empty"
 
 
+def test_no_snippet_is_passed_over():
+    for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
+        languages = re.findall(r"^ *(?:```|~~~) *(\w+)", page.read_text(), flags=re.MULTILINE)
+        assert set(languages) <= {"bash", "python", "text"}, page
+        assert len(read_snippets(page)) == len(languages) - languages.count("text"), page
+
+
 @pytest.mark.parametrize(
     ("name", "check"),
     [("ask", "assert answer == 'CT' and right >= 15"), ("draw", "assert similarity['SSIM'] > 85 and chest.getbbox()")],

@@ -5,7 +5,7 @@ RUN = $(VENV)/bin
 LOWEST_TRANSFORMERS = 5.0.0
 GOLDEN = tests/golden
 
-.PHONY: demo nano nano-compare test test-newest test-lowest lint fuzz clean
+.PHONY: demo nano nano-compare test test-newest test-lowest lint docs fuzz clean
 
 demo: $(VENV)/installed
 	@rm -rf demo && mkdir demo
@@ -45,6 +45,10 @@ test-newest: $(VENV)/installed $(VENV)/browser
 test-lowest: $(VENV)/lowest/installed
 	PYTHONPATH=$(VENV)/lowest $(RUN)/python -m pytest tests/test_golden.py
 
+# The documentation as a site, in site/.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
 # 1000 spoilt copies of the golden files: every export must be refused in one sentence or provably right.
 fuzz: $(VENV)/installed
 	$(RUN)/python tests/fuzz_export.py 0 1000
@@ -65,4 +69,4 @@ $(VENV)/lowest/installed: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

@@ -93,13 +93,15 @@ def ask(
     print_result(as_json, answer, {"files": files, "question": question, "answer": answer, "task": task})
 
 
-def ask_folder(model, processor, folder: Path, table: AnswerTable, frame, batch_size: int, options: dict) -> list[str]:
-    """Adds the answers about a folder's pictures to the table, those that it lacks; returns the files that are left out."""
+def ask_folder(
+    model, processor, folder: Path, table: AnswerTable, frame, batch_size: int, options: dict
+) -> dict[str, str]:
+    """Adds the answers about a folder's pictures to the table, those that it lacks; returns the files left out, and why."""
     from ..conversations import answer_batch
     from ..medical import open_picture
     from ..processing_healthgpt import load_picture
 
-    question, left_out = table.settings["question"], []
+    question, left_out = table.settings["question"], {}
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.resolve() != table.path.resolve())
     names = {path.relative_to(folder).as_posix(): path for path in files}
     waiting = [name for name in names if name not in table.done]
@@ -108,8 +110,8 @@ def ask_folder(model, processor, folder: Path, table: AnswerTable, frame, batch_
         for name in waiting:
             try:
                 picture = load_picture(open_picture(names[name], frame), processor.image_size)
-            except ValueError:
-                left_out.append(name)
+            except ValueError as error:
+                left_out[name] = str(error)
                 progress.advance(bar)
             else:
                 yield name, picture

@@ -75,6 +75,7 @@ class DicomFile:
             with silence():
                 self.data = dcmread(path, specific_tags=[tag_for_keyword(keyword) for keyword in TAGS])
                 self.syntax = self.data.file_meta.TransferSyntaxUID
+                self.photometric = self.data.get("PhotometricInterpretation")
                 self.num_frames = int(self.data.get("NumberOfFrames") or 1)
         except Exception:  # pydicom raises a dozen types, with messages that may quote the file
             raise ValueError(f"{str(path)!r} is a DICOM file that cannot be read: it is damaged.") from None
@@ -86,8 +87,7 @@ class DicomFile:
         return self.num_frames // 2
 
     def picture(self, frame: int) -> Image.Image:
-        photometric = self.data.get("PhotometricInterpretation")
-        if photometric not in (*GREYS, *COLOURS, "PALETTE COLOR"):
+        if self.photometric not in (*GREYS, *COLOURS, "PALETTE COLOR"):
             raise ValueError(
                 f"{str(self.path)!r} is a DICOM file of a photometric interpretation that cannot be shown; those that can: "
                 f"{', '.join((*GREYS, *COLOURS, 'PALETTE COLOR'))}."
@@ -96,10 +96,10 @@ class DicomFile:
         try:
             with silence():
                 values = pixel_array(self.data, index=frame)
-                if photometric in GREYS:
+                if self.photometric in GREYS:
                     return Image.fromarray(self._greys(values, frame))
                 depth = self.data.BitsStored
-                if photometric == "PALETTE COLOR":
+                if self.photometric == "PALETTE COLOR":
                     values = apply_color_lut(values, self.data)
                     depth = self.data.RedPaletteColorLookupTableDescriptor[2]
                 return Image.fromarray((values >> max(depth - 8, 0)).astype(np.uint8))
@@ -141,7 +141,7 @@ class DicomFile:
             greys = to_greys(apply_voi_lut(values, tags), 0, 255)
         else:
             greys = to_greys(values, *value_range(values if padding.all() else values[~padding]))
-        return 255 - greys if tags.PhotometricInterpretation == "MONOCHROME1" else greys
+        return 255 - greys if self.photometric == "MONOCHROME1" else greys
 
     def _tags_of(self, frame: int) -> Dataset:
         """What the lookup tables need, with the functional groups of the frame, its own before the shared ones."""

@@ -1,6 +1,7 @@
 """The commands as a user types them."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -8,11 +9,13 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import typer
 from conftest import GOLDEN
 from PIL import Image
 from transformers import AutoProcessor
+from typer.testing import CliRunner
 
-from healthgpt.app.cli import main
+from healthgpt.app.cli import app, main
 
 
 def healthgpt(*arguments):
@@ -44,8 +47,11 @@ def test_export_info_ask_and_draw(tmp_path, checkpoints):
     assert "lm_head.weight [484, 64] -> lm_head.weight [538, 64], 137,728 bytes, by lm_head\\.weight\n" in dry.stdout
     assert "logit_scale [] dropped: CLIP's contrastive head is not used" in dry.stdout
     assert "tasks: comprehension (text), generation (image)" in dry.stdout
-    result = healthgpt(*arguments)
+    plan = json.loads(healthgpt(*arguments, "--dry-run", "--json").stdout)
+    assert plan["tensors"]["lm_head.weight"] == [538, 64] and "logit_scale" in plan["dropped"]
+    result = healthgpt(*arguments, "--json")
     assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {"output": str(folder)} and result.stderr == ""
     again = healthgpt(*arguments, "--dtype", "float16")
     assert again.returncode == 1 and "it holds another export" in again.stderr and "Traceback" not in again.stderr
 
@@ -174,6 +180,59 @@ def test_mistakes_are_answered_in_one_sentence(
     [error] = [line for line in capsys.readouterr().err.split("\n") if line.startswith("Error: ")]
     assert re.search(message, error)
     assert not list(tmp_path.iterdir())
+
+
+def commands(group, prefix=()):
+    """Every command with the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*prefix, name))
+        else:
+            yield (*prefix, name), command
+
+
+def test_every_command_has_help_with_an_example_and_prints_json():
+    found = dict(commands(typer.main.get_command(app)))
+    assert ("plugin", "add") in found
+    for words, command in found.items():
+        examples = re.findall(r"^Example: (.*)", command.help, flags=re.MULTILINE)
+        assert examples and all(example.startswith(f"healthgpt {' '.join(words)} ") for example in examples)
+        assert "--json" in {name for parameter in command.params for name in parameter.opts}
+        assert all(option.help for option in command.params if option.param_type_name == "option")
+        result = CliRunner().invoke(app, [*words, "--help"])
+        assert result.exit_code == 0 and "Example:" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["ask"], ["draw", "Draw."], ["ask", "What?", "--frame", "x"], ["ask", "What?", "--loud"], ["sing"]]
+)
+def test_wrong_usage_has_a_code_of_its_own(arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "Usage: " in result.stderr
+
+
+def test_the_shell_completes_commands_and_options():
+    script = "import sys; sys.argv[0] = 'healthgpt'; from healthgpt.app.cli import main; main()"
+
+    def complete(instruction, **variables):
+        environment = os.environ | {"_HEALTHGPT_COMPLETE": instruction} | variables
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120).stdout
+
+    assert "_healthgpt_completion()" in complete("source_bash")
+    assert complete("complete_bash", COMP_WORDS="healthgpt dr", COMP_CWORD="1").split() == ["draw"]
+    options = complete("complete_bash", COMP_WORDS="healthgpt ask --max", COMP_CWORD="2")
+    assert options.split() == ["--max-new-tokens"]
+
+
+def test_what_is_not_installed_is_named_with_its_extra(tmp_path):
+    """Without the packages of the extra, in a process that cannot find them."""
+    (tmp_path / "volume.nii").touch()
+    script = "import sys; sys.modules['nibabel'] = None; from healthgpt.app.cli import main; main()"
+    command = [sys.executable, "-c", script, "ask", str(tmp_path / "volume.nii"), "What?"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr == "Error: this needs nibabel: pip install healthgpt[dicom].\n"
 
 
 def test_a_mistake_leaves_no_traceback_and_help_needs_no_torch(tmp_path):

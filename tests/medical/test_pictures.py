@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 from healthgpt.medical import count_frames, open_picture
 from healthgpt.processing_healthgpt import load_picture
 
-MODES = {"1": "png", "L": "png", "LA": "png", "P": "gif", "RGB": "png", "RGBA": "png", "CMYK": "tiff", "YCbCr": "tiff"}
+MODES = {"1": "png", "L": "png", "LA": "png", "P": "gif", "RGB": "png", "RGBA": "png", "CMYK": "tiff", "YCbCr": "jpg"}
 MODES |= {"RGBX": "tiff", "LAB": "tiff", "I;16": "png"}
 
 

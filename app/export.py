@@ -63,6 +63,8 @@ def export(
 
     Example: healthgpt export --base phi-4 --vision clip --comprehension com_hlora_weights_phi4.bin --output HealthGPT-L14
     """
+    from transformers.utils import logging
+
     from ..hub_export import ExportSources
     from ..hub_export import export as run
     from ..hub_export import push as upload
@@ -106,6 +108,7 @@ def export(
                     require_preset(plan.config, preset)
             print_plan(plan, quantize, as_json)
         return
+    logging.disable_progress_bar()  # of the model that runs every task once
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with on_terminal(*columns, TimeRemainingColumn()) as bars:
 

@@ -130,11 +130,10 @@ def test_a_stopped_run_leaves_whole_rows_and_goes_on(number, code, folder, pictu
     output = tmp_path / "answers.jsonl"
     arguments = ["ask", pictures, "What?", "-c", folder, "-o", output, "--max-new-tokens", 30]
     process = start(*arguments, "--batch-size", 1)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (output.exists() and len(rows_of(output)) > 1):
+    while process.poll() is None and not (output.exists() and len(rows_of(output)) > 1):
         time.sleep(0.01)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == code and "Traceback" not in errors
     before = rows_of(output)
     assert 1 < len(before) < 46 and output.read_bytes().endswith(b"\n")
@@ -218,6 +217,6 @@ def test_no_name_of_a_patient_is_said(folder, tmp_path):
     for name, code in (("scan", 0), ("cut", 1)):
         arguments = ["ask", tmp_path / name, "What?", "-c", folder, "--max-new-tokens", 4]
         process = start(*arguments, env=environment)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=300)
         assert process.returncode == code and (output or "it is damaged" in errors)
         assert b"Doe^Jane" in (tmp_path / name).read_bytes() and "Doe" not in output + errors

@@ -217,7 +217,7 @@ def test_the_shell_completes_commands_and_options():
     def complete(instruction, **variables):
         environment = os.environ | {"_HEALTHGPT_COMPLETE": instruction} | variables
         command = [sys.executable, "-c", script]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120).stdout
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300).stdout
 
     assert "_healthgpt_completion()" in complete("source_bash")
     assert complete("complete_bash", COMP_WORDS="healthgpt dr", COMP_CWORD="1").split() == ["draw"]
@@ -230,7 +230,7 @@ def test_what_is_not_installed_is_named_with_its_extra(tmp_path):
     (tmp_path / "volume.nii").touch()
     script = "import sys; sys.modules['nibabel'] = None; from healthgpt.app.cli import main; main()"
     command = [sys.executable, "-c", script, "ask", str(tmp_path / "volume.nii"), "What?"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     assert result.stderr == "Error: this needs nibabel: pip install healthgpt[dicom].\n"
 

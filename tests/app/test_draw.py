@@ -75,7 +75,7 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     process = start("draw", RETINA, "Reconstruct the image.", "-o", tmp_path / "out.png")  # the small model
     assert "small demonstration model" in process.stderr.readline()  # it is about to be loaded
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert (process.returncode, output, errors) == (130, "", "") and not list(tmp_path.iterdir())
 
 

@@ -62,13 +62,12 @@ class Handlers:
     What the page does. They keep nothing of anybody: a chat lives in its browser and comes with every question.
 
     Args:
-        model (`HealthGPTForConditionalGeneration`): The model.
-        processor (`HealthGPTProcessor`): Its processor.
+        runner (`Runner`): The model.
     """
 
-    def __init__(self, model, processor):
-        self.runner = Runner(model, processor)
-        self.image_size = processor.image_size
+    def __init__(self, runner: Runner):
+        self.runner = runner
+        self.image_size = runner.processor.image_size
 
     def read(self, path: str) -> Image.Image:
         """The picture in a file as the model gets it: RGB, 8 bits."""
@@ -168,16 +167,16 @@ def generate_on_submit(prompt, function, inputs: list, outputs: list, progress, 
         end(lambda: gr.update(submit_btn=True, stop_btn=False), None, prompt, **CONTROL)
 
 
-def build(model, processor, with_examples: bool) -> gr.Blocks:
+def build(runner: Runner, with_examples: bool) -> gr.Blocks:
     """
     The page.
 
     Args:
-        model (`HealthGPTForConditionalGeneration`): The model.
-        processor (`HealthGPTProcessor`): Its processor.
+        runner (`Runner`): The model.
         with_examples (`bool`): Whether to offer phantoms, which only the small model knows.
     """
-    handlers = Handlers(model, processor)
+    handlers = Handlers(runner)
+    model = runner.model
     kinds = {task.kind for task in model.config.tasks.values()}
     with gr.Blocks(title="HealthGPT", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as page:
         gr.HTML(HEADER.format(name=html.escape(Path(model.name_or_path).name)), elem_id="header", padding=False)
@@ -228,9 +227,9 @@ def build(model, processor, with_examples: bool) -> gr.Blocks:
     return page
 
 
-def serve(model, processor, host: str, port: int, with_examples: bool) -> gr.Blocks:
+def serve(runner: Runner, host: str, port: int, with_examples: bool) -> gr.Blocks:
     """Starts to serve the page, to this machine or network only, and returns it."""
-    page = build(model, processor, with_examples)
+    page = build(runner, with_examples)
     page.launch(
         prevent_thread_lock=True,
         server_name=host,

@@ -12,17 +12,24 @@ from .common import prepare
 
 
 class Watcher(StoppingCriteria):
-    """Sees what a generation has written after every token, and ends it when `stopped` is set."""
+    """
+    Sees what a generation has written after every token, and ends it on demand.
 
-    def __init__(self):
+    Args:
+        closed (`threading.Event`): Ends every generation of a runner; `stopped` ends this one.
+    """
+
+    def __init__(self, closed: threading.Event):
         self.news = threading.Event()
         self.stopped = threading.Event()
+        self.closed = closed
         self.sequences = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         self.sequences = input_ids
         self.news.set()
-        return torch.full((len(input_ids),), self.stopped.is_set(), device=input_ids.device)
+        ended = self.stopped.is_set() or self.closed.is_set()
+        return torch.full((len(input_ids),), ended, device=input_ids.device)
 
 
 class Runner:
@@ -41,6 +48,12 @@ class Runner:
         self.model = model
         self.processor = processor
         self.thread = ThreadPoolExecutor(max_workers=1)
+        self.closed = threading.Event()
+
+    def close(self) -> None:
+        """Ends the running generation after the token that is being written, and those that wait for their turn."""
+        self.closed.set()
+        self.thread.shutdown(cancel_futures=True)
 
     def answer(self, messages: list[dict], task: str, seed: int | None = None, **options) -> Iterator[str]:
         """
@@ -89,7 +102,7 @@ class Runner:
 
     def _watch(self, inputs, task: str, seed: int | None, options: dict) -> Iterator[torch.LongTensor]:
         """Yields the ids (1, length) of prompt and what is written, the newest each time and the whole at last."""
-        watcher = Watcher()
+        watcher = Watcher(self.closed)
 
         def generate():
             if seed is not None:

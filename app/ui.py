@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -24,10 +25,11 @@ def ui(
     Example: healthgpt ui -c HealthGPT-M3
     """
     from .page import serve
+    from .runner import Runner
 
-    model, processor = load(checkpoint, device, dtype)
-    with tempfile.TemporaryDirectory(prefix="healthgpt-ui-") as folder:
+    runner = Runner(*load(checkpoint, device, dtype))
+    with tempfile.TemporaryDirectory(prefix="healthgpt-ui-") as folder, closing(runner):
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = serve(model, processor, host, port, with_examples=checkpoint == NANO)
+        page = serve(runner, host, port, with_examples=checkpoint == NANO)
         typer.echo(f"The page is at {page.local_url} until Ctrl-C.")
         page.block_thread()

@@ -54,7 +54,7 @@ class Served:
         self.model, self.processor = load_checkpoint(NANO, "cpu", None)
         self.steps, self.pause, self.last = 0, 0.0, math.inf
         self.model.register_forward_pre_hook(self.step)
-        self.page = serve(self.model, self.processor, "127.0.0.1", free_port(), with_examples=True)
+        self.page = serve(Runner(self.model, self.processor), "127.0.0.1", free_port(), with_examples=True)
 
     def step(self, *inputs):
         self.steps += 1
@@ -233,6 +233,17 @@ def test_sampling_follows_its_settings_and_its_seed(visit, served):
     assert Image.open(download.value.path()).tobytes() == drawn.tobytes()
 
 
+def test_a_runner_that_is_closed_ends_its_drawing(served):
+    runner = Runner(served.model, served.processor)
+    served.steps, served.pause = 0, 0.05
+    drawing = runner.draw([{"role": "user", "content": "Draw a chest X-ray."}], "generation")
+    assert next(drawing)[1] == 1
+    runner.close()
+    served.pause = 0.0
+    assert 8 <= served.steps < 64
+    assert all(rows < 8 for _, rows in drawing)
+
+
 @pytest.mark.parametrize("leave", ["stop", "close"])
 def test_who_stops_or_leaves_ends_the_drawing(visit, served, ct_answer, leave):
     page = visit()
@@ -327,7 +338,7 @@ def test_the_keyboard_is_enough(visit, ct_answer):
 
 
 def test_a_tab_without_tasks_is_not_shown(load):
-    tabs = {name: build(*load(name), with_examples=False) for name in ("l14", "m3")}
+    tabs = {name: build(Runner(*load(name)), with_examples=False) for name in ("l14", "m3")}
     labels = {
         name: [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
         for name, page in tabs.items()

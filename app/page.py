@@ -97,6 +97,15 @@ class Handlers:
                 yield emptied, [*history, {"role": "assistant", "content": answer}]
                 emptied = gr.skip()  # the next question may be being written
 
+    def explain(self, history: list[dict], task: str) -> list[tuple[Image.Image, str]]:
+        """Figures of what the last answer rests on."""
+        with one_sentence():
+            if not history or history[-1]["role"] != "assistant":
+                raise ValueError("There is no answer to look inside yet: ask a question about a picture first.")
+            *before, answer = history
+            messages = [self.message(shown) for shown in before]
+            return self.runner.explain(messages, answer["content"][0]["text"], task)
+
     def draw(self, prompt: dict, task: str, *controls):
         """Yields what slider, picture, progress and download show of the picture so far."""
         with one_sentence():
@@ -187,8 +196,12 @@ def build(runner: Runner, with_examples: bool) -> gr.Blocks:
                         chatbot = gr.Chatbot(show_label=False, buttons=["copy"], placeholder=CHAT_HINT, elem_id="chat")
                         prompt = prompt_box("Ask a question", autofocus=True)
                         progress = gr.Markdown(elem_classes="progress")
+                        with gr.Accordion("Look inside the last answer", open=False):
+                            explain = gr.Button("Show experts and attention", size="sm")
+                            figures = gr.Gallery(show_label=False, columns=1, object_fit="contain", elem_id="inside")
                     with gr.Column(scale=1, min_width=280):
                         task = task_picker(model, "text")
+                        explain.click(handlers.explain, [chatbot, task], figures, api_name="explain", **GENERATION)
                         with gr.Accordion("Settings", open=False):
                             length = gr.Slider(1, 2048, 1024, step=1, label="Longest answer (tokens)")
                             controls = sampling_controls()

@@ -1,5 +1,6 @@
 """Answers and drawings that can be watched while they grow, and stopped: what the page shows, without the page."""
 
+import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,37 @@ class Runner:
                 picture.paste("grey", (0, picture.height * rows // grid, picture.width, picture.height))
                 yield picture, rows
 
+    def explain(self, messages: list[dict], answer: str, task: str) -> list[tuple[Image.Image, str]]:
+        """
+        Figures, with titles, of how the routers weighed the experts and where the words of an answer looked in each picture.
+
+        Args:
+            messages (`list[dict]`): The conversation up to the answer, as for `apply_chat_template`.
+            answer (`str`): What was answered.
+            task (`str`): The task that answered.
+
+        Raises:
+            ValueError: if there is no picture in the conversation.
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        from ..explain import attention_over_pictures, trace_routing
+        from ..explain.plots import plot_attention, plot_routing
+
+        def trace():
+            inputs = prepare(self.model, self.processor, messages, task)
+            written = self.processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            sequences = torch.cat([inputs["input_ids"], written.to(self.model.device)], dim=1)
+            with trace_routing(self.model) as routing:
+                attention = attention_over_pictures(self.model, inputs, sequences, task)
+            figures = [plot_routing(routing[task])]
+            for pixels, grids in zip(inputs["pixel_values"], attention, strict=True):
+                figures.append(plot_attention(self.processor, pixels, grids, sequences[0]))
+            return figures
+
+        figures = self.thread.submit(trace).result()  # no other generation may run meanwhile
+        titles = ["Experts", *(f"Picture {number}" for number in range(1, len(figures)))]
+        return [(as_picture(figure), title) for figure, title in zip(figures, titles, strict=True)]
+
     def _watch(self, inputs, task: str, seed: int | None, options: dict) -> Iterator[torch.LongTensor]:
         """Yields the ids (1, length) of prompt and what is written, the newest each time and the whole at last."""
         watcher = Watcher(self.closed)
@@ -121,3 +153,10 @@ class Runner:
             yield generation.result()
         finally:
             watcher.stopped.set()
+
+
+def as_picture(figure) -> Image.Image:
+    """A matplotlib figure as pixels."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=150)
+    return Image.open(file)

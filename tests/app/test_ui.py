@@ -16,8 +16,10 @@ import gradio as gr
 import pytest
 import torch
 from conftest import GOLDEN
+from matplotlib.figure import Figure
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
+from pydicom.data import get_testdata_file
 from typer.testing import CliRunner
 
 from healthgpt.app.cli import app, main
@@ -25,6 +27,7 @@ from healthgpt.app.common import NANO, prepare
 from healthgpt.app.common import load as load_checkpoint
 from healthgpt.app.page import build, serve
 from healthgpt.app.runner import Runner
+from healthgpt.explain import attention_over_pictures, plots
 from healthgpt.phantoms.samples import INSTRUCTIONS, drawing_sample
 
 SCREENSHOTS = Path(__file__).parents[2] / "build/screenshots"
@@ -272,7 +275,11 @@ def test_mistakes_are_answered_in_one_sentence(visit, ct_answer, tmp_path):
     page = visit()
     (tmp_path / "notes.png").write_text("These are notes.")
     for files, text, sentence in (
-        ([tmp_path / "notes.png"], QUESTION, "'notes.png' is not a picture that can be read: it is neither DICOM nor NIfTI"),
+        (
+            [tmp_path / "notes.png"],
+            QUESTION,
+            "'notes.png' is not a picture that can be read: it is neither DICOM nor NIfTI",
+        ),
         ([CT], "", "The last message has no text, which task 'comprehension' needs."),
         ([CT, RETINA] * 4, QUESTION, "but the model's window is"),
     ):
@@ -285,6 +292,42 @@ def test_mistakes_are_answered_in_one_sentence(visit, ct_answer, tmp_path):
         page.reload()
     send(page, QUESTION, CT)
     expect(answers(page)).to_have_text(ct_answer)
+
+
+def test_a_dicom_file_is_read_as_on_the_command_line(visit):
+    page = visit()
+    path = get_testdata_file("MR_small.dcm", download=False)
+    send(page, QUESTION, path)
+    expect(answers(page)).to_have_text(command_line("ask", path, QUESTION).strip())
+
+
+def test_the_last_answer_can_be_looked_into(visit, ct_answer):
+    page = visit()
+    page.get_by_role("button", name="Look inside the last answer").click()
+    page.get_by_role("button", name="Show experts and attention").click()
+    expect(page.get_by_role("status").last).to_contain_text("There is no answer to look inside yet")
+    send(page, QUESTION, CT)
+    expect(answers(page)).to_have_text(ct_answer)
+    page.get_by_role("button", name="Show experts and attention").click()
+    for title in ("Experts", "Picture 1"):
+        expect(page.locator("#inside").get_by_text(title)).to_be_visible()
+    keep(page, "inside")
+
+
+def test_what_an_answer_looked_at_is_that_of_its_own_tokens(served, monkeypatch):
+    """The tokens of a shown answer are found again: the figure is that of the sequences that `generate` wrote."""
+    picture = Image.open(CT)
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+    messages = [{"role": "user", "content": content}]
+    inputs = prepare(served.model, served.processor, messages, "comprehension")
+    sequences = served.model.generate(**inputs)[:, :-1]
+    expected = attention_over_pictures(served.model, inputs, sequences)
+    drawn = []
+    monkeypatch.setattr(plots, "plot_attention", lambda *given: drawn.append(given[2]) or Figure())
+    answer = served.processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    titles = [title for _, title in Runner(served.model, served.processor).explain(messages, answer, "comprehension")]
+    assert titles == ["Experts", "Picture 1"]
+    torch.testing.assert_close(drawn[0], expected[0])
 
 
 def test_two_people_at_once_get_their_own_answers(visit, served):

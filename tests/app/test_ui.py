@@ -272,11 +272,7 @@ def test_mistakes_are_answered_in_one_sentence(visit, ct_answer, tmp_path):
     page = visit()
     (tmp_path / "notes.png").write_text("These are notes.")
     for files, text, sentence in (
-        (
-            [tmp_path / "notes.png"],
-            QUESTION,
-            "'notes.png' is not a picture that can be read: it is neither DICOM nor NIfTI",
-        ),
+        ([tmp_path / "notes.png"], QUESTION, "'notes.png' is not a picture that can be read: it is neither DICOM nor NIfTI"),
         ([CT], "", "The last message has no text, which task 'comprehension' needs."),
         ([CT, RETINA] * 4, QUESTION, "but the model's window is"),
     ):

@@ -8,6 +8,7 @@ import typer
 from ..conversations import conversation
 from .common import (
     NANO,
+    AsJson,
     Checkpoint,
     Device,
     Dtype,
@@ -15,6 +16,7 @@ from .common import (
     load,
     open_all,
     prepare,
+    print_result,
     require_kind,
     split_arguments,
     working,
@@ -28,6 +30,7 @@ def explain(
     task: Annotated[str, typer.Option(help="A task of the checkpoint that answers in words.")] = "comprehension",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
     frame: Frame = None,
+    as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -55,9 +58,9 @@ def explain(
         attention = attention_over_pictures(model, inputs, sequences, task)
         for number, (pixels, grids) in enumerate(zip(inputs["pixel_values"], attention, strict=True)):
             figures[f"attention_{number}.png"] = plot_attention(processor, pixels, grids, sequences[0])
-    answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    typer.echo(answer.strip())
+    answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     output.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(output / name, dpi=150)
-        typer.echo(output / name)
+    written = [str(output / name) for name in figures]
+    print_result(as_json, "\n".join([answer, *written]), {"answer": answer, "task": task, "figures": written})

@@ -132,7 +132,7 @@ def test_notebooks_run_and_are_stored_without_output(name, check, tmp_path):
     notebook = nbformat.read(DOCS / f"notebooks/{name}.ipynb", as_version=4)
     assert not any(cell.outputs for cell in notebook.cells if cell.cell_type == "code")
     notebook.cells.append(nbformat.v4.new_code_cell(check))
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(notebook, timeout=300, startup_timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
 
 
 def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from conftest import GOLDEN
 from packaging.requirements import Requirement
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -90,10 +91,11 @@ def test_a_clean_clone_and_a_wheel_install_and_work_with_the_core_dependencies(c
     assert run(healthgpt, "ask", picture, "What imaging modality is this?", folder=tmp_path).stdout == "fundus\n"
     calls = [["draw", picture, "Reconstruct the image.", "-o", "out.png"], ["info", package / "nano"]]
     calls += [["train", "pairs.jsonl", "-c", "user/model", "-o", "out"], ["eval", "pictures", ".", ".", "-o", "out"]]
-    calls += [M3, [*M3, "--quantize", "8bit"]]
+    calls += [M3, [*M3, "--quantize", "8bit"], ["ui"], ["explain", picture, "What?", "-o", "out"]]
+    calls += [["ask", get_testdata_file("MR_small.dcm", download=False), "What?"]]
     calls = str([[str(argument) for argument in arguments] for arguments in calls])
     result = run(fresh / "bin/python", "-c", CALLS, calls, folder=tmp_path)
     assert Image.open(tmp_path / "out.png").size == (64, 64) and "plugin of generation" in result.stdout
     extras = re.findall(r"pip install healthgpt\[(\w+)\]", result.stderr)
-    assert extras == ["train", "eval", "export", "quantization"], result.stderr
+    assert extras == ["train", "eval", "export", "quantization", "ui", "plot", "dicom"], result.stderr
     assert not (tmp_path / "out").exists()

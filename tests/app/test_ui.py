@@ -165,8 +165,8 @@ def test_an_answer_grows_into_what_the_command_line_answers(visit, served, ct_an
     page.evaluate(RECORD, "[data-testid=bot]")
     served.pause = 0.05
     send(page, QUESTION, CT)
-    finished(page)
     expect(answers(page)).to_have_text(ct_answer)
+    finished(page)
     seen = page.evaluate("window.seen")
     assert len(seen) > 1 and all(ct_answer.startswith(part) for part in seen)
     keep(page, "chat")
@@ -174,7 +174,6 @@ def test_an_answer_grows_into_what_the_command_line_answers(visit, served, ct_an
     served.pause = 0.0
     send(page, "Which organ does this show?")
     expect(answers(page)).to_have_count(2)
-    finished(page)
     picture = {"type": "image", "image": CT}
     messages = [
         {"role": "user", "content": [picture, {"type": "text", "text": QUESTION}]},
@@ -339,7 +338,6 @@ def test_two_people_at_once_get_their_own_answers(visit, served):
     expect(progress(pages[RETINA])).to_contain_text("queue: 1/1")
     served.last = math.inf
     for path, page in pages.items():
-        finished(page)
         expect(answers(page)).to_have_text(command_line("ask", path, QUESTION).strip())
         expect(page.locator("[data-testid=user]")).to_have_count(2)
         expect(page.locator("[data-testid=user] img")).to_have_count(1)
@@ -355,7 +353,10 @@ def test_on_a_phone_nothing_scrolls_sideways_and_the_note_stays(visit, scheme):
         panel(page).get_by_role("button", name="Settings").tap()
         panel(page).get_by_label("Sample").check()
         panel(page).locator(".gallery-item").nth(1).tap()
+        expect(prompt(page)).not_to_have_value("")
         prompt(page).press("Enter")
+        result = answers(page) if name == "Chat" else progress(page).get_by_text("64 x 64 pixels")
+        expect(result).to_be_visible()
         finished(page)
         page.mouse.wheel(0, 5000)
         expect(page.get_by_text("not a medical device")).to_be_in_viewport(ratio=1)

@@ -99,13 +99,16 @@ def report_pictures(model, processor, count: int, log=lambda text: None) -> dict
 
 def draw(model, processor, samples: list[dict]) -> list[Image.Image]:
     """The pictures that a model draws for samples of phantoms."""
-    rows = []
-    for sample in samples:
-        pictures = [sample["input_image"]] if sample["input_image"] is not None else []
-        rows.append({"task": "generation", "instruction": sample["instruction"], "input_image": pictures})
-    with tempfile.TemporaryDirectory() as folder:
-        draw_samples(model, processor, rows, Path(folder) / "drawn", Records(Path(folder), {}), batch_size=32)
-        return [Image.open(Path(folder) / f"drawn/{number}.png").convert("RGB") for number in range(len(rows))]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, rows = Path(temporary), []
+        for number, sample in enumerate(samples):
+            paths = []
+            if sample["input_image"] is not None:
+                paths.append(folder / f"input_{number}.png")
+                sample["input_image"].save(paths[0])
+            rows.append({"task": "generation", "instruction": sample["instruction"], "input_image": paths})
+        draw_samples(model, processor, rows, folder / "drawn", Records(folder, {}), batch_size=32)
+        return [Image.open(folder / f"drawn/{number}.png").convert("RGB") for number in range(len(rows))]
 
 
 def describe(model, processor, folder: Path) -> dict[str, tuple[str, str]]:

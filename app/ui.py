@@ -1,6 +1,7 @@
 """`healthgpt ui`: the page in a browser, served from this machine."""
 
 import os
+import signal
 import tempfile
 from contextlib import closing
 from typing import Annotated
@@ -24,12 +25,18 @@ def ui(
 
     Example: healthgpt ui -c HealthGPT-M3
     """
-    from .page import serve
-    from .runner import Runner
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, leaving no folder
+    with tempfile.TemporaryDirectory(prefix="healthgpt-ui-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read when Gradio is imported
+        from .page import serve
+        from .runner import Runner
 
-    runner = Runner(*load(checkpoint, device, dtype))
-    with tempfile.TemporaryDirectory(prefix="healthgpt-ui-") as folder, closing(runner):
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        page = serve(runner, host, port, with_examples=checkpoint == NANO)
-        typer.echo(f"The page is at {page.local_url} until Ctrl-C.")
-        page.block_thread()
+        with closing(Runner(*load(checkpoint, device, dtype))) as runner:
+            try:
+                page = serve(runner, host, port, with_examples=checkpoint == NANO)
+            except OSError as error:
+                raise ValueError(
+                    f"Port {port} of {host} is taken or not of this machine: choose others with --port and --host."
+                ) from error
+            typer.echo(f"The page is at {page.local_url} until Ctrl-C.")
+            page.block_thread()

@@ -4,7 +4,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -338,9 +337,8 @@ def test_two_people_at_once_get_their_own_answers(visit, served):
     assert len(set(pictures)) == 2
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone_nothing_scrolls_sideways_and_the_note_stays(visit, scheme):
-    page = visit(**PHONE, color_scheme=scheme)
+def test_on_a_phone_nothing_scrolls_sideways_and_the_note_stays(visit):
+    page = visit(**PHONE)
     for name in ("Chat", "Draw"):
         page.get_by_role("tab", name=name).tap()
         panel(page).get_by_role("button", name="Settings").tap()
@@ -355,7 +353,9 @@ def test_on_a_phone_nothing_scrolls_sideways_and_the_note_stays(visit, scheme):
         expect(page.get_by_text("not a medical device")).to_be_in_viewport(ratio=1)
         assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
         page.evaluate("scrollTo(0, 0)")
-        keep(page, f"phone-{name}-{scheme}")
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            keep(page, f"phone-{name}-{scheme}")
 
 
 def test_the_keyboard_is_enough(visit, ct_answer):
@@ -383,26 +383,40 @@ def test_a_tab_without_tasks_is_not_shown(load):
     assert labels == {"l14": ["Chat"], "m3": ["Chat", "Draw"]}
 
 
-def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(tmp_path):
+def test_the_command_serves_until_it_is_ended_and_leaves_nothing(tmp_path):
     port = free_port()
     script = "from healthgpt.app.cli import main; main()"
     environment = {**os.environ, "TMPDIR": str(tmp_path), "GRADIO_SHARE": "True"}
     command = [sys.executable, "-c", script, "ui", "--port", str(port), "--device", "cpu"]
-    with subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
         assert process.stdout.readline() == f"The page is at http://127.0.0.1:{port}/ until Ctrl-C.\n"
         with urlopen(f"http://127.0.0.1:{port}/") as answer:
             assert b"HealthGPT" in answer.read()
         assert [path.name[:13] for path in tmp_path.iterdir()] == ["healthgpt-ui-"]
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, "Traceback" in errors, list(tmp_path.iterdir())) == (0, False, []), output + errors
+
+
+def test_a_port_that_is_taken_is_refused(monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["healthgpt", "ui", "--port", str(port)])
+        monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the command changes: put back afterwards
+        with pytest.raises(SystemExit):
+            main()
+    assert f"Error: Port {port} of 127.0.0.1 is taken or not of this machine: choose" in capsys.readouterr().err
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "healthgpt.app.page")
     monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setattr(sys, "argv", ["healthgpt", "ui"])
     with pytest.raises(SystemExit):
         main()

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from memory import Clock, gigabytes
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 PLUGINS = {
@@ -78,9 +78,7 @@ def child(name: str, *arguments) -> dict:
 
 
 def peak_gigabytes() -> float:
-    # Not getrusage, whose figure starts with that of the parent process.
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return round(int(peak[1]) * 1024 / 1e9, 3)
+    return round(gigabytes("VmHWM"), 3)
 
 
 def export(source: str, output: str, quantize: str) -> None:
@@ -118,16 +116,7 @@ def export(source: str, output: str, quantize: str) -> None:
 
 def run(folder: str) -> None:
     from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
-
-    class Clock(TextStreamer):
-        times = []
-
-        def put(self, value):
-            self.times.append(time.perf_counter())
-
-        def end(self):
-            pass
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     start = time.perf_counter()
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
@@ -144,12 +133,10 @@ def run(folder: str) -> None:
             return_dict=True,
             return_tensors="pt",
         )
-        Clock.times = []
+        clock = Clock()
         start = time.perf_counter()
-        sequences = model.generate(
-            **inputs, task=task, max_new_tokens=32, min_new_tokens=32, streamer=Clock(processor.tokenizer)
-        )
-        times = Clock.times[1:]  # the first call brings the prompt
+        sequences = model.generate(**inputs, task=task, max_new_tokens=32, min_new_tokens=32, streamer=clock)
+        times = clock.times[1:]  # the first call brings the prompt
         result[f"{task}_first_token_seconds"] = round(times[0] - start, 2)
         result[f"{task}_tokens_per_second"] = round((len(times) - 1) / (times[-1] - times[0]), 2)
         if settings.kind == "image":

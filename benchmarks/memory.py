@@ -94,16 +94,7 @@ def run(checkpoint: str, path: str, first: str, precision: str, tokens: str, tru
     import torch
     from PIL import Image
     from skimage.metrics import peak_signal_noise_ratio
-    from transformers import AutoProcessor, TextStreamer
-
-    class Clock(TextStreamer):
-        times = []
-
-        def put(self, value):
-            self.times.append(time.perf_counter())
-
-        def end(self):
-            pass
+    from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     before = gigabytes("VmRSS")
@@ -143,7 +134,7 @@ def run(checkpoint: str, path: str, first: str, precision: str, tokens: str, tru
     found = {}
     inputs = prepare(by_kind["text"], "Describe this picture.")
     start = time.perf_counter()
-    clock, length = Clock(processor.tokenizer), int(tokens)
+    clock, length = Clock(), int(tokens)
     sequences = model.generate(
         **inputs, task=by_kind["text"], streamer=clock, max_new_tokens=length, min_new_tokens=length
     )
@@ -180,7 +171,21 @@ def run(checkpoint: str, path: str, first: str, precision: str, tokens: str, tru
     print(json.dumps(row))
 
 
+class Clock:
+    """A streamer that notes when `generate` brings the prompt, and every token after it."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
 def gigabytes(field: str) -> float:
+    """Memory of this process: `VmRSS` now, `VmHWM` at most (unlike that of getrusage, without its parent's)."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
 
 

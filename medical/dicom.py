@@ -77,7 +77,9 @@ class DicomFile:
                 self.syntax = self.data.file_meta.TransferSyntaxUID
                 self.photometric = self.data.get("PhotometricInterpretation")
                 self.num_frames = int(self.data.get("NumberOfFrames") or 1)
-        except Exception:  # pydicom raises a dozen types, with messages that may quote the file
+        except Exception:
+            # Of any type and cut from its cause: what pydicom raises for a damaged file is not of one kind, and its message may
+            # quote a patient. The sentence below is all that may be said.
             raise ValueError(f"{str(path)!r} is a DICOM file that cannot be read: it is damaged.") from None
         if not any(keyword in self.data for keyword in PIXELS):
             raise ValueError(f"{str(path)!r} is a DICOM file without pixels: a report, a plan or a directory, say.")
@@ -103,7 +105,7 @@ class DicomFile:
                     values = apply_color_lut(values, self.data)
                     depth = self.data.RedPaletteColorLookupTableDescriptor[2]
                 return Image.fromarray((values >> max(depth - 8, 0)).astype(np.uint8))
-        except Exception:  # as above; decoders have types of their own
+        except Exception:  # of any type and cut from its cause, as above: every decoder has types of its own
             reason = "it is damaged" + (f", or needs a decoder that is not installed: {missing}" if missing else "")
             raise ValueError(f"{str(self.path)!r} is a DICOM file whose pixels cannot be decoded: {reason}.") from None
 

@@ -9,8 +9,8 @@ Builds the small HealthGPT from nothing: `python -m healthgpt.phantoms.nano WORK
     card       what it makes of the test split, beside trivial answers
 
 Every step leaves its result in WORK and is not done again when it is there. The stages are those of `healthgpt.training` with higher
-learning rates and smaller batches than the published ones: a small model on a small machine. `--compare` also trains it anew in several
-ways (three stages, the first alone, without the second, all in one mixed stage), each with a quarter of the steps, for the card.
+learning rates and smaller batches than the published ones: a small model on a small machine. `--compare` also trains it in other ways (the
+first stage alone, without the second, all in one mixed stage of as many steps) and puts them beside it in the card.
 """
 
 import argparse

@@ -4,6 +4,8 @@ PYTHON ?= python3
 RUN = $(VENV)/bin
 LOWEST_TRANSFORMERS = 5.0.0
 GOLDEN = tests/golden
+# Two processes of one thread each; most of the time goes into programs that the tests start, which do one thing at a time.
+PYTEST = OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: demo nano nano-compare test test-newest test-lowest lint docs fuzz clean
 
@@ -39,11 +41,11 @@ lint: $(VENV)/installed
 	$(RUN)/ruff format --check .
 
 test-newest: $(VENV)/installed $(VENV)/browser
-	$(RUN)/python -m pytest tests
+	$(PYTEST) tests
 
 # The golden tests once more, on the lowest transformers that works; only transformers and what it needs are older.
 test-lowest: $(VENV)/lowest/installed
-	PYTHONPATH=$(VENV)/lowest $(RUN)/python -m pytest tests/test_golden.py
+	PYTHONPATH=$(VENV)/lowest $(PYTEST) tests/test_golden.py
 
 # The documentation as a site, in site/.
 docs: $(VENV)/installed

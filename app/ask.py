@@ -10,11 +10,13 @@ from ..conversations import conversation
 from .answers import AnswerTable
 from .common import (
     NANO,
+    AnswerTask,
     AsJson,
     Checkpoint,
     Device,
     Dtype,
     Frame,
+    MaxNewTokens,
     bars,
     load,
     open_all,
@@ -29,13 +31,13 @@ from .common import (
 def ask(
     arguments: Annotated[list[str], typer.Argument(metavar="[PICTURE|FOLDER]... QUESTION")],
     checkpoint: Checkpoint = NANO,
-    task: Annotated[str, typer.Option(help="A task of the checkpoint that answers in words.")] = "comprehension",
+    task: AnswerTask = "comprehension",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="For a folder: answers.csv or answers.jsonl.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="For a folder: pictures done at once.")] = 8,
     frame: Frame = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 1024,
+    max_new_tokens: MaxNewTokens = 1024,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,

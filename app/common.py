@@ -44,6 +44,8 @@ Frame = Annotated[
         help="Frame, slice or page of a file of several, from 0; by default the middle one of DICOM and NIfTI."
     ),
 ]
+AnswerTask = Annotated[str, typer.Option("--task", help="A task of the checkpoint that answers in words.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

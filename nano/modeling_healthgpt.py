@@ -75,11 +75,15 @@ def route(groups: list[TaskGroup]):
 
 class UnquantizedLinear(nn.Linear):
     """
-    A linear that keeps its dtype when the model is quantised: that replaces modules that are exactly `nn.Linear`.
+    A linear that keeps its dtype when bitsandbytes quantises: that replaces modules that are exactly `nn.Linear`.
 
     Plugins, projectors, heads and the vision tower are small or sensitive; only the language model's own linears stay
     plain.
     """
+
+
+# The same for other quantisers, which take subclasses too: names as their `modules_to_not_convert` understands them.
+UNQUANTIZED_MODULES = ("lm_head", "token_heads", r"(model\.)?(projectors|vision_tower|vqgan)", r".*\.plugins\.")
 
 
 class HLoRA(nn.Module):
@@ -248,6 +252,11 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
                 if this processor's 4-bit kernel does not take its sizes.
         """
         kwargs["ignore_mismatched_sizes"] = True  # they are refused here, by name
+        quantization = kwargs.get("quantization_config")
+        if hasattr(quantization, "modules_to_not_convert"):
+            kwargs["quantization_config"] = quantization = copy.copy(quantization)
+            listed = quantization.modules_to_not_convert or []
+            quantization.modules_to_not_convert = [*listed, *UNQUANTIZED_MODULES]
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem, keys in (
             ("lacks tensors of the model", info["missing_keys"]),

@@ -4,24 +4,29 @@ import pytest
 import torch
 from conftest import inputs_of, weights_of
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, pipeline
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig
+from torchao.utils import TorchAOBaseTensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig, pipeline
 
 SETTINGS = {
-    "8bit": {"load_in_8bit": True},
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "nf4_double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "8bit": BitsAndBytesConfig(load_in_8bit=True),
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "nf4_double": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "torchao_int8": TorchAoConfig(Int8WeightOnlyConfig()),
 }
+TORCHAO_INT4 = TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=32))  # cannot be saved
 
 
 @pytest.fixture(params=SETTINGS)
 def quantized(request, checkpoints):
     """A checkpoint whose sizes every kernel takes, its model in fewer bits, its processor, the settings."""
     checkpoint = checkpoints("made_wide")
-    return checkpoint, load(checkpoint.folder, **SETTINGS[request.param]), load_processor(checkpoint.folder)
+    return checkpoint, load(checkpoint.folder, SETTINGS[request.param]), load_processor(checkpoint.folder)
 
 
-def load(folder, **settings):
-    options = {"quantization_config": BitsAndBytesConfig(**settings)} if settings else {}
+def load(folder, settings=None):
+    options = {"quantization_config": settings} if settings else {}
     return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16, **options)
 
 
@@ -44,7 +49,8 @@ def logits_of(model, processor, checkpoint):
 
 
 def is_quantized(module):
-    return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    is_torchao = isinstance(getattr(module, "weight", None), TorchAOBaseTensor)
+    return is_torchao or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
 def test_only_the_linears_of_the_language_model_change(quantized):
@@ -60,14 +66,34 @@ def test_only_the_linears_of_the_language_model_change(quantized):
             assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, stored.bfloat16()), name
 
 
-def test_a_users_own_list_is_left_alone_too(checkpoints):
-    settings = SETTINGS["8bit"] | {"llm_int8_skip_modules": ["model.language_model.layers.0"]}
-    model = load(checkpoints("made_wide").folder, **settings)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model.language_model.layers.0"]),
+        TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["model.language_model.layers.0"]),
+    ],
+    ids=["bitsandbytes", "torchao"],
+)
+def test_a_users_own_list_is_left_alone_too(settings, checkpoints):
+    model = load(checkpoints("made_wide").folder, settings)
     names = [name for name, module in model.named_modules() if is_quantized(module)]
     assert names and all(
         name.startswith("model.language_model.layers.") and ".layers.0." not in name for name in names
     )
     assert all(name.endswith(".base_layer") for name in names)
+
+
+def test_4_bits_of_torchao_are_near_the_whole(checkpoints):
+    checkpoint = checkpoints("made_wide")
+    whole, model, processor = (
+        load(checkpoint.folder),
+        load(checkpoint.folder, TORCHAO_INT4),
+        load_processor(checkpoint.folder),
+    )
+    names = {name for name, module in model.named_modules() if is_quantized(module)}
+    assert names and names == {name for name, _ in model.named_modules() if name.endswith(".base_layer")}
+    for logits, expected in zip(*(logits_of(m, processor, checkpoint) for m in (model, whole)), strict=True):
+        assert 0 < (logits - expected).float().norm() < 0.2 * expected.float().norm()
 
 
 def test_both_tasks_alone_together_and_in_pipelines(quantized, tmp_path):

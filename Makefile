@@ -3,11 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin
 LOWEST_TRANSFORMERS = 5.0.0
+TORCHAO = 0.18.0
 GOLDEN = tests/golden
 # Two processes of one thread each; most of the time goes into programs that the tests start, which do one thing at a time.
 PYTEST = OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo nano nano-compare test test-newest test-lowest lint docs fuzz clean
+.PHONY: demo nano nano-compare test test-newest test-torchao test-lowest lint docs fuzz clean
 
 demo: $(VENV)/installed
 	@rm -rf demo && mkdir demo
@@ -34,7 +35,7 @@ nano: $(VENV)/installed
 nano-compare: $(VENV)/installed
 	$(RUN)/python -m healthgpt.phantoms.nano build/nano nano --compare
 
-test: lint test-newest test-lowest
+test: lint test-newest test-torchao test-lowest
 
 lint: $(VENV)/installed
 	$(RUN)/ruff check .
@@ -42,6 +43,10 @@ lint: $(VENV)/installed
 
 test-newest: $(VENV)/installed $(VENV)/browser
 	$(PYTEST) tests
+
+# torchao stands apart: transformers imports it wherever it is installed, and it prints warnings about itself each time.
+test-torchao: $(VENV)/torchao/installed
+	PYTHONPATH=$(VENV)/torchao $(PYTEST) tests/test_quantization.py tests/test_docs.py -k torchao
 
 # The golden tests once more, on the lowest transformers that works; only transformers and what it needs are older.
 test-lowest: $(VENV)/lowest/installed
@@ -68,6 +73,10 @@ $(VENV)/browser: $(VENV)/installed
 
 $(VENV)/lowest/installed: $(VENV)/installed
 	$(RUN)/pip install --quiet --upgrade --target $(VENV)/lowest transformers==$(LOWEST_TRANSFORMERS) pillow typer
+	touch $@
+
+$(VENV)/torchao/installed: $(VENV)/installed
+	$(RUN)/pip install --quiet --upgrade --no-deps --target $(VENV)/torchao torchao==$(TORCHAO)
 	touch $@
 
 clean:

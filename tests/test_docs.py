@@ -21,11 +21,20 @@ from nbclient import NotebookClient
 from PIL import Image
 from pydicom.data import get_testdata_file
 from snippets import read_snippets
+from transformers.utils import is_torchao_available
 from warm import programs
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if read_snippets(page))]
+
+
+def marked(page):
+    apart = page.stem == "torchao" and not is_torchao_available()
+    reason = "torchao stands apart: make test-torchao"
+    return pytest.param(page, id=page.stem, marks=pytest.mark.skipif(apart, reason=reason))
+
+
 # What the snippets of a page leave behind.
 MADE = {
     "README": (
@@ -99,7 +108,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES])
 def test_snippets_run_as_printed(page, folder, environment):
     command = ["python", Path(__file__).parent / "snippets.py", page]
     with subprocess.Popen(

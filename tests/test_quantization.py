@@ -4,25 +4,39 @@ import pytest
 import torch
 from conftest import inputs_of, weights_of
 from PIL import Image
-from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-from torchao.quantization import Int8WeightOnlyConfig
-from torchao.utils import TorchAOBaseTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig, pipeline
+from transformers.utils import is_torchao_available
 
-SETTINGS = {
-    "8bit": BitsAndBytesConfig(load_in_8bit=True),
-    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "nf4_double": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
-    "torchao_int8": TorchAoConfig(Int8WeightOnlyConfig()),
-}
-TORCHAO_INT4 = TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=32))  # cannot be saved
+needs_torchao = pytest.mark.skipif(not is_torchao_available(), reason="torchao stands apart: make test-torchao")
+
+
+def torchao(bits, skipped=None):
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    settings = Int8WeightOnlyConfig() if bits == 8 else PrototypeInt4WeightOnlyConfig(group_size=32)
+    return TorchAoConfig(settings, modules_to_not_convert=skipped)
+
+
+def bits_and_bytes(bits, skipped=None, double=False):
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+
+
+SETTINGS = [
+    pytest.param(lambda: bits_and_bytes(8), id="8bit"),
+    pytest.param(lambda: bits_and_bytes(4), id="nf4"),
+    pytest.param(lambda: bits_and_bytes(4, double=True), id="nf4_double"),
+    pytest.param(lambda: torchao(8), id="torchao_8bit", marks=needs_torchao),
+]
 
 
 @pytest.fixture(params=SETTINGS)
 def quantized(request, checkpoints):
     """A checkpoint whose sizes every kernel takes, its model in fewer bits, its processor, the settings."""
     checkpoint = checkpoints("made_wide")
-    return checkpoint, load(checkpoint.folder, SETTINGS[request.param]), load_processor(checkpoint.folder)
+    return checkpoint, load(checkpoint.folder, request.param()), load_processor(checkpoint.folder)
 
 
 def load(folder, settings=None):
@@ -49,8 +63,8 @@ def logits_of(model, processor, checkpoint):
 
 
 def is_quantized(module):
-    is_torchao = isinstance(getattr(module, "weight", None), TorchAOBaseTensor)
-    return is_torchao or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    kinds = type(module).__name__, type(getattr(module, "weight", None)).__name__
+    return not {"Linear4bit", "Linear8bitLt", "Int8Tensor", "Int4OpaqueTensor"}.isdisjoint(kinds)
 
 
 def test_only_the_linears_of_the_language_model_change(quantized):
@@ -66,16 +80,9 @@ def test_only_the_linears_of_the_language_model_change(quantized):
             assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, stored.bfloat16()), name
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model.language_model.layers.0"]),
-        TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["model.language_model.layers.0"]),
-    ],
-    ids=["bitsandbytes", "torchao"],
-)
-def test_a_users_own_list_is_left_alone_too(settings, checkpoints):
-    model = load(checkpoints("made_wide").folder, settings)
+@pytest.mark.parametrize("quantizer", [bits_and_bytes, pytest.param(torchao, marks=needs_torchao)])
+def test_a_users_own_list_is_left_alone_too(quantizer, checkpoints):
+    model = load(checkpoints("made_wide").folder, quantizer(8, ["model.language_model.layers.0"]))
     names = [name for name, module in model.named_modules() if is_quantized(module)]
     assert names and all(
         name.startswith("model.language_model.layers.") and ".layers.0." not in name for name in names
@@ -83,11 +90,12 @@ def test_a_users_own_list_is_left_alone_too(settings, checkpoints):
     assert all(name.endswith(".base_layer") for name in names)
 
 
+@needs_torchao
 def test_4_bits_of_torchao_are_near_the_whole(checkpoints):
     checkpoint = checkpoints("made_wide")
     whole, model, processor = (
         load(checkpoint.folder),
-        load(checkpoint.folder, TORCHAO_INT4),
+        load(checkpoint.folder, torchao(4)),
         load_processor(checkpoint.folder),
     )
     names = {name for name, module in model.named_modules() if is_quantized(module)}

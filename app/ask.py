@@ -1,13 +1,14 @@
 """`healthgpt ask`: a question about pictures, or about every picture of a folder."""
 
 import itertools
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..conversations import conversation
-from .answers import AnswerTable
+from ..conversations import answer_batch, conversation
+from .answers import AnswerTable, require_utf8
 from .common import (
     NANO,
     AnswerTask,
@@ -47,7 +48,7 @@ def ask(
 
     One answer is printed as it is written, those about a folder go into a table, in the order of the files' names.
 
-    Folders below are searched too. Files that cannot be read as pictures are named and left out.
+    Folders below are searched too. Files that cannot be read as pictures are left out, and it is said why.
 
     The same command goes on where it was stopped; batches change no answer in float32.
 
@@ -67,16 +68,23 @@ def ask(
         raise ValueError("--output is for the answers about a folder; one answer is printed.")
     options = {"task": task, "max_new_tokens": max_new_tokens}
     if folders:
-        name = "nano" if checkpoint == NANO else checkpoint
-        table = AnswerTable(output, {"question": question, "task": task, "checkpoint": name})
+        settings = {
+            "question": question,
+            "task": task,
+            "checkpoint": "nano" if checkpoint == NANO else checkpoint,
+            "folder": os.path.relpath(folders[0].resolve(), output.parent.resolve()),
+            "frame": "default" if frame is None else str(frame),
+            "max_new_tokens": str(max_new_tokens),
+        }
+        table = AnswerTable(output, settings)
     else:
         pictures = open_all(paths, frame)
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
     if folders:
         left_out = ask_folder(model, processor, folders[0], table, frame, batch_size, options)
-        if left_out:
-            typer.echo(f"Left out, since they cannot be read as pictures: {', '.join(left_out)}.", err=True)
+        for name, reason in left_out.items():
+            typer.echo(f"Left out {name}: {reason}", err=True)
         content = {"output": str(output), "rows": len(table.done), "left_out": left_out}
         print_result(as_json, f"{output} ({len(table.done)} answers)", content)
         return
@@ -99,7 +107,6 @@ def ask_folder(
     model, processor, folder: Path, table: AnswerTable, frame, batch_size: int, options: dict
 ) -> dict[str, str]:
     """Adds the answers about a folder's pictures to the table, those that it lacks; returns the files left out, and why."""
-    from ..conversations import answer_batch
     from ..medical import open_picture
     from ..processing_healthgpt import load_picture
 
@@ -111,9 +118,10 @@ def ask_folder(
     def pictures():
         for name in waiting:
             try:
+                require_utf8(name)
                 picture = load_picture(open_picture(names[name], frame), processor.image_size)
             except ValueError as error:
-                left_out[name] = str(error)
+                left_out[os.fsencode(name).decode(errors="backslashreplace")] = str(error)
                 progress.advance(bar)
             else:
                 yield name, picture

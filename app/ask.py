@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -59,6 +60,9 @@ def ask(
     Example: healthgpt ask -c HealthGPT-M3 study "Is there a pleural effusion?" -o answers.csv
     """
     paths, question = split_arguments(arguments)
+    for path in paths:
+        if not os.path.exists(path):
+            raise ValueError(f"There is no picture file {str(path)!r}, and no folder of this name.")
     folders = [path for path in paths if path.is_dir()]
     if folders and len(paths) > 1:
         raise ValueError("A folder is asked about alone: name no other pictures with it.")
@@ -88,19 +92,24 @@ def ask(
         content = {"output": str(output), "rows": len(table.done), "left_out": left_out}
         print_result(as_json, f"{output} ({len(table.done)} answers)", content)
         return
-    inputs = prepare(model, processor, conversation(pictures, question), task)
-    if not as_json:
-        from .streamers import AnswerStreamer
-
-        streamer = AnswerStreamer(processor, lambda text: typer.echo(text, nl=False))
-        model.generate(**inputs, **options, streamer=streamer)
-        typer.echo()
+    if as_json:
+        with working("Answering"):
+            [answer] = answer_batch(model, processor, [(pictures, question)], **options)
+        files = [str(path) for path in paths]
+        print_result(as_json, answer, {"files": files, "question": question, "answer": answer, "task": task})
         return
-    with working("Answering"):
-        sequences = model.generate(**inputs, **options)
-    answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    files = [str(path) for path in paths]
-    print_result(as_json, answer, {"files": files, "question": question, "answer": answer, "task": task})
+    from .streamers import AnswerStreamer
+
+    inputs = prepare(model, processor, conversation(pictures, question), task)
+    with ExitStack() as sign:
+        sign.enter_context(working("Reading the question"))
+
+        def write(text: str) -> None:
+            sign.close()
+            typer.echo(text, nl=False)
+
+        model.generate(**inputs, **options, do_sample=False, streamer=AnswerStreamer(processor, write))
+    typer.echo()
 
 
 def ask_folder(

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -291,6 +292,42 @@ def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path):
         AnswerTable(tmp_path / "a.csv", SETTINGS | {"folder": os.fsdecode(b"caf\xe9")})
 
 
+def shown(monkeypatch, arguments, streams) -> str:
+    """What a terminal shows of a question if these streams go to it."""
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, end = pty.openpty()
+    with open(end, "w") as file, monkeypatch.context() as patch:
+        for stream in streams:
+            patch.setattr(sys, stream, file)
+        app(["ask", *map(str, arguments)], standalone_mode=False)
+    content = b""
+    while True:
+        try:
+            content += os.read(terminal, 4096)
+        except OSError:  # all is read, and nobody is left to write
+            os.close(terminal)
+            return content.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_shows_a_sign_until_the_answer_begins(folder, monkeypatch, capsys):
+    arguments = [GOLDEN / "images/mr.png", QUESTION, "-c", folder, "--max-new-tokens", 30]
+    answer = ask(*arguments).stdout
+    assert len(answer.split()) > 3
+    errors = shown(monkeypatch, arguments, ["stderr"])
+    assert capsys.readouterr().out == answer
+    sign, _, rest = errors.rpartition("Reading the question")
+    assert sign and rest.endswith("\x1b[1A\x1b[2K")  # up to the sign's line, and away with it
+    assert shown(monkeypatch, arguments, ["stdout", "stderr"]).endswith(f"\x1b[1A\x1b[2K{answer}")
+
+
+def test_answers_are_greedy_whatever_the_checkpoint_says(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "sampling")
+    path = tmp_path / "sampling/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": True, "temperature": 100.0}))
+    arguments = [GOLDEN / "images/mr.png", QUESTION, "--max-new-tokens", 30]
+    assert ask(*arguments, "-c", tmp_path / "sampling").stdout == ask(*arguments, "-c", folder).stdout
+
+
 def test_mistakes_with_folders(folder, pictures, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -299,7 +336,11 @@ def test_mistakes_with_folders(folder, pictures, tmp_path):
         ([pictures, pictures / "ct.png", "What?", "-o", tmp_path / "a.csv"], "A folder is asked about alone"),
         ([pictures / "ct.png", "What?", "-o", tmp_path / "a.csv"], "--output is for the answers about a folder"),
         ([empty, "What?", "-o", tmp_path / "a.csv"], "has no picture that can be read"),
-        ([pictures], "The last argument is the text"),
+        (
+            [tmp_path / "studdy", "What?", "-o", tmp_path / "a.csv"],
+            "There is no picture file '.*studdy', and no folder",
+        ),
+        ([pictures], "The last argument is the text, but '.*pictures' is a folder"),
     ):
         result = ask(*arguments, "-c", folder)
         assert re.search(message, str(result.exception)) and not (tmp_path / "a.csv").exists()

@@ -1,11 +1,13 @@
 """Answers about the pictures of a folder, as a table that a stopped run leaves with whole rows and goes on with."""
 
+import codecs
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
-FIELDS = ["file", "question", "answer", "task", "checkpoint"]
+FIELDS = ["file", "question", "answer", "task", "checkpoint", "folder", "frame", "max_new_tokens"]
 
 
 class AnswerTable:
@@ -13,11 +15,12 @@ class AnswerTable:
     A file with a row for every picture: CSV, or JSON lines if its name ends in `.jsonl`.
 
     Args:
-        path (`Path`): The file; rows that are there are kept, and a row that a kill cut off is taken away.
-        settings (`dict[str, str]`): The `question`, `task` and `checkpoint` that all rows share.
+        path (`Path`): The file; rows that are there are kept, and a row that was cut off is taken away.
+        settings (`dict[str, str]`): What all rows share, by the names of the fields: all but `file` and `answer`.
 
     Raises:
-        ValueError: if the file has another ending or folder, is no such table, or has rows of other settings.
+        ValueError: if the file has another ending or folder, cannot be written, is no such table, or has rows of other
+            settings, or if a setting is not UTF-8.
     """
 
     def __init__(self, path: Path, settings: dict[str, str]):
@@ -25,56 +28,97 @@ class AnswerTable:
             raise ValueError(f"{path} has another ending than .csv and .jsonl, the forms of answers about a folder.")
         if not path.parent.is_dir():
             raise ValueError(f"The folder {path.parent} does not exist.")
+        for value in settings.values():
+            require_utf8(value)
         self.path, self.settings = path, settings
         self.is_csv = path.suffix.lower() == ".csv"
-        text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
-        rows, is_whole = self._parse(text)
-        for row in rows:
-            other = [name for name, value in settings.items() if row[name] != value]
-            if other:
-                raise ValueError(
-                    f"{path} has answers with another {other[0]}, {row[other[0]]!r}: choose another file, or remove it."
-                )
+        try:
+            is_new = not path.exists()
+            with open(path, "ab+") as file:  # what cannot be written is refused before anything is answered
+                file.seek(0)
+                rows, nbytes = self._parse(file.read())
+                for row in rows:
+                    self._require_settings(row)
+                file.truncate(nbytes)
+            if is_new:
+                path.unlink()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
         self.done = {row["file"] for row in rows}
-        if not is_whole:
-            unfinished = path.with_name(f"{path.name}.unfinished")
-            unfinished.write_bytes(self._format(rows, with_header=True))
-            unfinished.replace(path)
 
     def add(self, answers: dict[str, str]) -> None:
         """Writes answers by the names of their files, at once."""
         rows = [{"file": file, "answer": answer} | self.settings for file, answer in answers.items()]
-        content = self._format(rows, with_header=not self.done)
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(content)
+        if self.is_csv:
+            values = [[row[name] for name in FIELDS] for row in rows]
+            text = to_csv(values if self.done else [FIELDS, *values])
+        else:
+            lines = [json.dumps({name: row[name] for name in FIELDS}, ensure_ascii=False) for row in rows]
+            text = "".join(f"{line}\n" for line in lines)
+        with open(self.path, "ab") as file:
+            file.write(text.encode())
         self.done |= set(answers)
 
-    def _format(self, rows: list[dict], with_header: bool) -> bytes:
-        if not self.is_csv:
-            lines = [json.dumps({name: row[name] for name in FIELDS}, ensure_ascii=False) for row in rows]
-            return "".join(f"{line}\n" for line in lines).encode()
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-        if with_header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().encode()
-
-    def _parse(self, text: str) -> tuple[list[dict], bool]:
-        """Whole rows, and whether there is nothing but them."""
-        rows, is_whole = [], not text or text.endswith("\n")
+    def _parse(self, content: bytes) -> tuple[list[dict[str, str]], int]:
+        """Whole rows, and the bytes up to the end of the last one."""
         try:
-            if self.is_csv:
-                for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
-                    rows.append(row)
-                if not is_whole and rows:
-                    rows.pop()
-            else:
-                rows = [json.loads(line) for line in text.split("\n")[:-1]]
-        except csv.Error:  # a quote that is never closed
-            is_whole = False
-        except json.JSONDecodeError:
-            rows = [None]
-        if any(not isinstance(row, dict) or list(row) != FIELDS or None in row.values() for row in rows):
-            raise ValueError(f"{self.path} holds something else than answers about a folder: choose another file.")
-        return rows, is_whole
+            text = codecs.getincrementaldecoder("utf-8")().decode(content)  # but for a character that was cut off
+            rows, length = (parse_csv if self.is_csv else parse_json_lines)(text)
+        except (csv.Error, ValueError) as error:
+            raise ValueError(
+                f"{self.path} holds something else than answers about a folder: choose another file."
+            ) from error
+        return rows, len(text[:length].encode())
+
+    def _require_settings(self, row: dict[str, str]) -> None:
+        for name, value in self.settings.items():
+            if row[name] != value:
+                raise ValueError(
+                    f"{self.path} has answers with another {name}, {row[name]!r}: choose another file, or remove it."
+                )
+
+
+def require_utf8(text: str) -> None:
+    """Refuses a name whose bytes are not UTF-8, as names of files may be on Linux."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text!r} is not UTF-8, as everything in a table of answers is.") from error
+
+
+def to_csv(rows: list[list[str]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def parse_csv(text: str) -> tuple[list[dict[str, str]], int]:
+    """Whole rows, and the characters up to the end of the last one; what follows is a row that was cut off."""
+    values, length = [], 0
+    file = io.StringIO(text, newline="")
+    try:
+        for row in csv.reader(file, strict=True):
+            if text[file.tell() - 1] == "\n":
+                values.append(row)
+                length = file.tell()
+    except csv.Error as error:
+        if str(error) != "unexpected end of data":
+            raise
+    if values[:1] != [FIELDS] and not to_csv([FIELDS]).startswith(text):
+        raise ValueError("The first row is another.")
+    rows = [dict(zip(FIELDS, row, strict=True)) for row in values[1:]]
+    return rows, length if rows else 0  # the header is written with the first row
+
+
+def parse_json_lines(text: str) -> tuple[list[dict[str, str]], int]:
+    """As `parse_csv`."""
+    *lines, cut_off = text.split("\n")
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        is_row = isinstance(row, dict) and list(row) == FIELDS
+        if not is_row or not all(isinstance(value, str) for value in row.values()):
+            raise ValueError("A line is no row.")
+    without_values = re.sub(r'(": ")(?:[^"\\]|\\.?)*', r"\1", cut_off)
+    if not json.dumps(dict.fromkeys(FIELDS, "")).startswith(without_values):
+        raise ValueError("The last line is not the beginning of a row.")
+    return rows, len(text) - len(cut_off)

@@ -1,13 +1,15 @@
 """`healthgpt ask`: a question about pictures, or about every picture of a folder."""
 
 import itertools
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..conversations import conversation
-from .answers import AnswerTable
+from ..conversations import answer_batch, conversation
+from .answers import AnswerTable, require_utf8
 from .common import (
     NANO,
     AnswerTask,
@@ -47,7 +49,7 @@ def ask(
 
     One answer is printed as it is written, those about a folder go into a table, in the order of the files' names.
 
-    Folders below are searched too. Files that cannot be read as pictures are named and left out.
+    Folders below are searched too. Files that cannot be read as pictures are left out, and it is said why.
 
     The same command goes on where it was stopped; batches change no answer in float32.
 
@@ -58,6 +60,9 @@ def ask(
     Example: healthgpt ask -c HealthGPT-M3 study "Is there a pleural effusion?" -o answers.csv
     """
     paths, question = split_arguments(arguments)
+    for path in paths:
+        if not os.path.exists(path):
+            raise ValueError(f"There is no picture file {str(path)!r}, and no folder of this name.")
     folders = [path for path in paths if path.is_dir()]
     if folders and len(paths) > 1:
         raise ValueError("A folder is asked about alone: name no other pictures with it.")
@@ -67,39 +72,50 @@ def ask(
         raise ValueError("--output is for the answers about a folder; one answer is printed.")
     options = {"task": task, "max_new_tokens": max_new_tokens}
     if folders:
-        name = "nano" if checkpoint == NANO else checkpoint
-        table = AnswerTable(output, {"question": question, "task": task, "checkpoint": name})
+        settings = {
+            "question": question,
+            "task": task,
+            "checkpoint": "nano" if checkpoint == NANO else checkpoint,
+            "folder": os.path.relpath(folders[0].resolve(), output.parent.resolve()),
+            "frame": "default" if frame is None else str(frame),
+            "max_new_tokens": str(max_new_tokens),
+        }
+        table = AnswerTable(output, settings)
     else:
         pictures = open_all(paths, frame)
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
     if folders:
         left_out = ask_folder(model, processor, folders[0], table, frame, batch_size, options)
-        if left_out:
-            typer.echo(f"Left out, since they cannot be read as pictures: {', '.join(left_out)}.", err=True)
+        for name, reason in left_out.items():
+            typer.echo(f"Left out {name}: {reason}", err=True)
         content = {"output": str(output), "rows": len(table.done), "left_out": left_out}
         print_result(as_json, f"{output} ({len(table.done)} answers)", content)
         return
-    inputs = prepare(model, processor, conversation(pictures, question), task)
-    if not as_json:
-        from .streamers import AnswerStreamer
-
-        streamer = AnswerStreamer(processor, lambda text: typer.echo(text, nl=False))
-        model.generate(**inputs, **options, streamer=streamer)
-        typer.echo()
+    if as_json:
+        with working("Answering"):
+            [answer] = answer_batch(model, processor, [(pictures, question)], **options)
+        files = [str(path) for path in paths]
+        print_result(as_json, answer, {"files": files, "question": question, "answer": answer, "task": task})
         return
-    with working("Answering"):
-        sequences = model.generate(**inputs, **options)
-    answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    files = [str(path) for path in paths]
-    print_result(as_json, answer, {"files": files, "question": question, "answer": answer, "task": task})
+    from .streamers import AnswerStreamer
+
+    inputs = prepare(model, processor, conversation(pictures, question), task)
+    with ExitStack() as sign:
+        sign.enter_context(working("Reading the question"))
+
+        def write(text: str) -> None:
+            sign.close()
+            typer.echo(text, nl=False)
+
+        model.generate(**inputs, **options, do_sample=False, streamer=AnswerStreamer(processor, write))
+    typer.echo()
 
 
 def ask_folder(
     model, processor, folder: Path, table: AnswerTable, frame, batch_size: int, options: dict
 ) -> dict[str, str]:
     """Adds the answers about a folder's pictures to the table, those that it lacks; returns the files left out, and why."""
-    from ..conversations import answer_batch
     from ..medical import open_picture
     from ..processing_healthgpt import load_picture
 
@@ -111,9 +127,10 @@ def ask_folder(
     def pictures():
         for name in waiting:
             try:
+                require_utf8(name)
                 picture = load_picture(open_picture(names[name], frame), processor.image_size)
             except ValueError as error:
-                left_out[name] = str(error)
+                left_out[os.fsencode(name).decode(errors="backslashreplace")] = str(error)
                 progress.advance(bar)
             else:
                 yield name, picture

@@ -113,8 +113,9 @@ def split_arguments(arguments: list[str]) -> tuple[list[Path], str]:
     """Paths and text from the arguments of `ask`, `draw` and `explain`."""
     *paths, text = arguments
     if os.path.exists(text):
+        kind = "folder" if os.path.isdir(text) else "file"
         raise ValueError(
-            f"The last argument is the text, but {text!r} is a file: add a question or instruction after it."
+            f"The last argument is the text, but {text!r} is a {kind}: add a question or instruction after it."
         )
     return [Path(path) for path in paths], text
 

@@ -59,6 +59,8 @@ def draw(
 
     for path in filter(None, (output, sheet)):
         require_picture_path(path)
+    if sheet is not None and sheet.resolve() == output.resolve():
+        raise ValueError(f"--sheet and --output are the same file, {output}: name two.")
     paths, instruction = split_arguments(arguments)
     if keep_aspect_ratio and len(paths) != 1:
         raise ValueError(f"--keep-aspect-ratio needs one picture whose size to take, and {len(paths)} are given.")
@@ -99,6 +101,16 @@ def require_picture_path(path: Path) -> None:
         raise ValueError(f"{path} is a folder: name the picture in it.")
     if not path.parent.is_dir():
         raise ValueError(f"The folder {path.parent} does not exist.")
+    try:
+        unfinished(path).touch()
+        unfinished(path).unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def unfinished(path: Path) -> Path:
+    """Where a picture is written before it gets its name."""
+    return path.with_name(f"{path.name}.unfinished")
 
 
 def save(picture, path: Path) -> None:
@@ -107,12 +119,11 @@ def save(picture, path: Path) -> None:
 
     content = io.BytesIO()  # Pillow does not notice when a full disk takes only the start of a file
     picture.save(content, Image.registered_extensions()[path.suffix.lower()])
-    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        unfinished.write_bytes(content.getvalue())
-        unfinished.replace(path)
+        unfinished(path).write_bytes(content.getvalue())
+        unfinished(path).replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        unfinished(path).unlink(missing_ok=True)
 
 
 def side_by_side(inputs: list, output):

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import time
 import pydicom
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, full_disk
 from pydicom.data import get_testdata_file
 from transformers import AutoConfig, AutoProcessor
 from typer.testing import CliRunner
@@ -22,7 +24,8 @@ from healthgpt.app.cli import app
 from healthgpt.app.streamers import AnswerStreamer
 
 QUESTION = 'Which "modality",\nplease?'
-SETTINGS = {"question": QUESTION, "task": "comprehension", "checkpoint": "x"}
+SETTINGS = {"question": QUESTION, "task": "comprehension", "checkpoint": "x", "folder": "pictures"}
+SETTINGS |= {"frame": "default", "max_new_tokens": "12"}
 SCRIPT = "import sys; sys.argv[0] = 'healthgpt'; from healthgpt.app.cli import main; main()"
 
 
@@ -42,7 +45,10 @@ def folder(checkpoints):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder with a DICOM file without ending, pictures, one of them in a folder below, and what is none."""
+    """
+    A folder with a DICOM file without ending, pictures, one of them in a folder below, what is none, and a name that is not
+    UTF-8.
+    """
     pictures = tmp_path / "pictures"
     (pictures / "below").mkdir(parents=True)
     for name in ("ct", "mr", "retina", "cell"):
@@ -51,6 +57,7 @@ def pictures(tmp_path):
     shutil.copy(get_testdata_file("MR_small.dcm", download=False), pictures / "IM0001")
     shutil.copy(get_testdata_file("reportsi.dcm", download=False), pictures / "REPORT")
     (pictures / "notes.txt").write_text("no picture")
+    shutil.copy(GOLDEN / "images/ct.png", pictures / os.fsdecode(b"caf\xe9.png"))
     return pictures
 
 
@@ -84,21 +91,42 @@ def test_answers_about_a_folder_are_those_about_each_picture(folder, pictures, t
     result = ask(pictures, QUESTION, "-o", tmp_path / "answers.csv", "--batch-size", 4, *options)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{tmp_path / 'answers.csv'} (6 answers)\n"
-    assert "Left out, since they cannot be read as pictures: REPORT, notes.txt.\n" in result.stderr
+    assert re.findall("Left out (.*?):", result.stderr) == ["REPORT", "caf\\xe9.png", "notes.txt"]
     with open(tmp_path / "answers.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == NAMES
     for row in rows:
         alone = ask(pictures / row["file"], QUESTION, *options)
         assert alone.stdout == f"{row['answer']}\n"
-        assert (row["question"], row["task"], row["checkpoint"]) == (QUESTION, "comprehension", str(folder))
+        assert {name: row[name] for name in SETTINGS} == SETTINGS | {"checkpoint": str(folder)}
     assert any(row["answer"] for row in rows)
     result = ask(pictures, QUESTION, "-o", pictures / "answers.jsonl", "--json", *options)
     content = json.loads(result.stdout)
     assert (content["output"], content["rows"]) == (str(pictures / "answers.jsonl"), 6)
-    assert list(content["left_out"]) == ["REPORT", "notes.txt"] and "without pixels" in content["left_out"]["REPORT"]
+    assert list(content["left_out"]) == ["REPORT", "caf\\xe9.png", "notes.txt"]
+    assert "without pixels" in content["left_out"]["REPORT"] and "not UTF-8" in content["left_out"]["caf\\xe9.png"]
     lines = (pictures / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == rows
+    assert [json.loads(line) for line in lines] == [row | {"folder": "."} for row in rows]
+
+
+def test_answers_about_two_patients_are_not_mixed(folder, tmp_path, monkeypatch):
+    for patient in ("a", "b"):
+        (tmp_path / patient).mkdir()
+        shutil.copy(GOLDEN / "images/ct.png", tmp_path / patient / "IM0001")
+    options = ["What?", "-c", folder, "--max-new-tokens", 4]
+    monkeypatch.chdir(tmp_path / "a")
+    assert ask(".", *options, "-o", "../answers.csv").stdout == "../answers.csv (1 answers)\n"
+    content = (tmp_path / "answers.csv").read_bytes()
+    monkeypatch.chdir(tmp_path / "b")
+    for arguments, message in (
+        ([".", *options], "another folder, 'a'"),
+        (["../b", *options], "another folder, 'a'"),
+        (["../a", *options, "--frame", 0], "another frame, 'default'"),
+        (["../a", *options, "--max-new-tokens", 5], "another max_new_tokens, '4'"),
+    ):
+        assert message in str(ask(*arguments, "-o", "../answers.csv").exception)
+    assert ask("../a", *options, "-o", tmp_path / "answers.csv").exit_code == 0
+    assert (tmp_path / "answers.csv").read_bytes() == content
 
 
 def test_frames_and_json(folder):
@@ -145,49 +173,159 @@ def test_a_stopped_run_leaves_whole_rows_and_goes_on(number, code, folder, pictu
     assert [row["file"] for row in rows] == sorted([*NAMES, *(f"many{number:02}.png" for number in range(40))])
 
 
+ANSWERS = {
+    "a.png": 'Two\nlines, "quoted"\n\n',
+    "ü,b.png": "\u2028 sí\n",
+    "c.png": "",
+    "d.png": "one\rtwo",
+    "\r.png": "one\r\ntwo\\",
+    "e.png": 'says: "yes", or: ',
+    'f": "".png': '"',
+}
+
+
+def test_other_programs_read_a_csv_table(tmp_path):
+    settings = SETTINGS | {"question": 'a\rb\r\nc\n"d", e'}
+    AnswerTable(tmp_path / "a.csv", settings).add(ANSWERS)
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, strict=True))
+    assert rows == [{"file": name, "answer": answer} | settings for name, answer in ANSWERS.items()]
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_a_row_that_was_cut_off_is_taken_away(ending, tmp_path):
     path = tmp_path / f"answers.{ending}"
-    answers = {"a.png": 'Two\nlines, "quoted"\n\n', "ü,b.png": "\u2028 sí\n", "c.png": ""}
-    AnswerTable(path, SETTINGS).add(dict(list(answers.items())[:2]))
-    whole = path.read_bytes()
-    AnswerTable(path, SETTINGS).add({"c.png": ""})
-    complete = path.read_bytes()
-    for length in range(len(whole), len(complete)):
-        path.write_bytes(complete[:length])
+    wholes = [b""]
+    for name, answer in ANSWERS.items():
+        AnswerTable(path, SETTINGS).add({name: answer})
+        wholes.append(path.read_bytes())
+    for length in range(len(wholes[-1])):
+        path.write_bytes(wholes[-1][:length])
         table = AnswerTable(path, SETTINGS)
-        assert table.done == {"a.png", "ü,b.png"} and path.read_bytes() == whole, length
-        table.add({"c.png": ""})
-        assert path.read_bytes() == complete
+        done = sum(len(whole) <= length for whole in wholes) - 1
+        assert table.done == set(list(ANSWERS)[:done]) and path.read_bytes() == wholes[done], length
+        table.add({name: answer for name, answer in ANSWERS.items() if name not in table.done})
+        assert path.read_bytes() == wholes[-1]
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_full_disk_is_told_and_the_next_run_goes_on(ending, tmp_path):
+    path = tmp_path / f"answers.{ending}"
+    answers = {f"{number}.png": "word " * 20 for number in range(10)}
+    with full_disk(1000), pytest.raises(OSError):
+        AnswerTable(path, SETTINGS).add(answers)
+    assert path.stat().st_size == 1000
+    table = AnswerTable(path, SETTINGS)
+    assert 0 < len(table.done) < 10
+    table.add({name: answer for name, answer in answers.items() if name not in table.done})
+    assert AnswerTable(path, SETTINGS).done == set(answers)
+
+
+HEADER = "file,question,answer,task,checkpoint,folder,frame,max_new_tokens\n"
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content"),
     [
-        ("a.txt", None, "another ending than .csv and .jsonl"),
-        ("nowhere/a.csv", None, "The folder .*nowhere does not exist"),
-        ("a.csv", "name,age\nJane,40\n", "holds something else"),
-        ("a.csv", "file,question,answer,task,checkpoint\na.png,What?\n", "holds something else"),
-        ("a.jsonl", "[1, 2]\n", "holds something else"),
-        ("a.jsonl", "text\n", "holds something else"),
-        ("a.jsonl", json.dumps({"file": "a.png", "answer": "no"} | SETTINGS) + "\n", "holds something else"),
+        ("a.csv", "name,age"),
+        ("a.csv", "name,age\nJane,40"),
+        ("a.csv", '"name,age\nJane,40'),
+        ("a.csv", '"file","question","answer","label"'),
+        ("a.csv", f"{HEADER}a.png,What?\nb.png,What?"),
+        ("a.csv", f'{HEADER}a.png,What?,"yes"or no,comprehension,x,pictures,default,12'),
+        ("a.jsonl", "[1, 2]"),
+        ("a.jsonl", "text"),
+        ("a.jsonl", '{"file": "a.png"}'),
+        ("a.jsonl", '{"file": "a.png", "label": 3'),
+        ("a.jsonl", json.dumps({"file": "a.png", "answer": "no"} | SETTINGS)),
+        ("a.jsonl", json.dumps({"file": "a.png", "question": QUESTION, "answer": None} | SETTINGS)),
     ],
 )
-def test_files_that_are_no_table_are_left_as_they_are(name, content, message, tmp_path):
+def test_files_that_are_no_table_are_left_as_they_are(name, content, end, tmp_path):
     path = tmp_path / name
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    path.write_text(content + end)
+    with pytest.raises(ValueError, match="holds something else than answers about a folder"):
         AnswerTable(path, SETTINGS)
-    assert not path.exists() if content is None else path.read_text() == content
+    assert path.read_text() == content + end
 
 
-@pytest.mark.parametrize("setting", ["question", "task", "checkpoint"])
+@pytest.mark.parametrize(
+    "damage", [(b'"yes"', b'"y"es"'), (b'"yes"', b'"yes'), (b'"yes"', b'"yes","no"'), (b"yes", b"\xff")]
+)
+def test_a_damaged_table_is_left_as_it_is(damage, tmp_path):
+    path = tmp_path / "a.csv"
+    AnswerTable(path, SETTINGS).add({"a.png": "no", "b.png": "yes", "c.png": "no", "d.png": "no"})
+    content = path.read_bytes().replace(*damage)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="holds something else"):
+        AnswerTable(path, SETTINGS)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.txt", "another ending than .csv and .jsonl"),
+        ("nowhere/a.csv", "The folder .*nowhere does not exist"),
+        ("folder/a.csv", "a.csv cannot be written: Is a directory."),
+        (f"{'a' * 300}.csv", "a.csv cannot be written: File name too long."),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(name, message, pictures, tmp_path):
+    (tmp_path / "folder/a.csv").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    result = ask(pictures, "What?", "-c", "nowhere", "-o", tmp_path / name)
+    assert re.search(message, str(result.exception)) and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("setting", list(SETTINGS))
 def test_answers_to_something_else_are_not_mixed(setting, tmp_path):
     AnswerTable(tmp_path / "a.csv", SETTINGS).add({"a.png": "yes"})
     with pytest.raises(ValueError, match=f"has answers with another {setting}, "):
         AnswerTable(tmp_path / "a.csv", SETTINGS | {setting: "other"})
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not UTF-8, as everything in a table"):
+        AnswerTable(tmp_path / "a.csv", SETTINGS | {"folder": os.fsdecode(b"caf\xe9")})
+
+
+def shown(monkeypatch, arguments, streams) -> str:
+    """What a terminal shows of a question if these streams go to it."""
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, end = pty.openpty()
+    with open(end, "w") as file, monkeypatch.context() as patch:
+        for stream in streams:
+            patch.setattr(sys, stream, file)
+        app(["ask", *map(str, arguments)], standalone_mode=False)
+    content = b""
+    while True:
+        try:
+            content += os.read(terminal, 4096)
+        except OSError:  # all is read, and nobody is left to write
+            os.close(terminal)
+            return content.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_shows_a_sign_until_the_answer_begins(folder, monkeypatch, capsys):
+    arguments = [GOLDEN / "images/mr.png", QUESTION, "-c", folder, "--max-new-tokens", 30]
+    answer = ask(*arguments).stdout
+    assert len(answer.split()) > 3
+    errors = shown(monkeypatch, arguments, ["stderr"])
+    assert capsys.readouterr().out == answer
+    sign, _, rest = errors.rpartition("Reading the question")
+    assert sign and rest.endswith("\x1b[1A\x1b[2K")  # up to the sign's line, and away with it
+    assert shown(monkeypatch, arguments, ["stdout", "stderr"]).endswith(f"\x1b[1A\x1b[2K{answer}")
+
+
+def test_answers_are_greedy_whatever_the_checkpoint_says(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "sampling")
+    path = tmp_path / "sampling/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": True, "temperature": 100.0}))
+    arguments = [GOLDEN / "images/mr.png", QUESTION, "--max-new-tokens", 30]
+    assert ask(*arguments, "-c", tmp_path / "sampling").stdout == ask(*arguments, "-c", folder).stdout
 
 
 def test_mistakes_with_folders(folder, pictures, tmp_path):
@@ -198,10 +336,14 @@ def test_mistakes_with_folders(folder, pictures, tmp_path):
         ([pictures, pictures / "ct.png", "What?", "-o", tmp_path / "a.csv"], "A folder is asked about alone"),
         ([pictures / "ct.png", "What?", "-o", tmp_path / "a.csv"], "--output is for the answers about a folder"),
         ([empty, "What?", "-o", tmp_path / "a.csv"], "has no picture that can be read"),
-        ([pictures], "The last argument is the text"),
+        (
+            [tmp_path / "studdy", "What?", "-o", tmp_path / "a.csv"],
+            "There is no picture file '.*studdy', and no folder",
+        ),
+        ([pictures], "The last argument is the text, but '.*pictures' is a folder"),
     ):
         result = ask(*arguments, "-c", folder)
-        assert message in str(result.exception) and not (tmp_path / "a.csv").exists()
+        assert re.search(message, str(result.exception)) and not (tmp_path / "a.csv").exists()
 
 
 def test_no_name_of_a_patient_is_said(folder, tmp_path):

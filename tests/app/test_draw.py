@@ -79,6 +79,16 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     assert (process.returncode, output, errors) == (130, "", "") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--output", "--sheet"])
+def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(option, tmp_path):
+    longest = tmp_path / f"{'a' * 251}.png"
+    longest.touch()  # a name that a file may have, but not with what stands behind it until it is whole
+    paths = {"--output": tmp_path / "out.png", "--sheet": tmp_path / "sheet.png"} | {option: longest}
+    result = draw("Draw.", "-c", "nowhere", *[word for pair in paths.items() for word in pair])
+    assert str(result.exception) == f"{longest} cannot be written: File name too long."
+    assert list(tmp_path.iterdir()) == [longest]
+
+
 def test_mistakes(folder, tmp_path):
     output = ["-c", folder, "-o", tmp_path / "out.png"]
     for arguments, message in (
@@ -88,6 +98,7 @@ def test_mistakes(folder, tmp_path):
         (["Draw.", "--sheet", tmp_path / "nowhere/sheet.png", *output], "nowhere does not exist"),
         ([tmp_path, "Draw.", *output], "There is no picture file"),
         ([RETINA, "Draw.", "--frame", 1, *output], "has no frame 1: it has 1, numbered from 0 to 0"),
+        (["Draw.", "--sheet", tmp_path / "../" / tmp_path.name / "out.png", *output], "are the same file"),
     ):
         result = draw(*arguments)
         assert message in str(result.exception) and not list(tmp_path.iterdir())

@@ -66,7 +66,8 @@ $(VENV)/installed: requirements-dev.txt setup.cfg pyproject.toml
 	$(RUN)/pip install --quiet --no-deps --editable .
 	touch $@
 
-# The page is tested in Chromium; without one, and without apt-get to install it, those tests are skipped and say so.
+# The page is tested in Chromium; without one, and without apt-get to install it, those tests are skipped and say so, or fail if
+# REQUIRE_BROWSER is set.
 $(VENV)/browser: $(VENV)/installed
 	command -v chromium || { command -v apt-get && apt-get update --quiet && apt-get install --quiet --yes chromium; } || true
 	touch $@

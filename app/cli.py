@@ -1,7 +1,7 @@
 """The command line: thin commands over the functions that a Python user calls."""
 
-import json
 import os
+import re
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .ask import ask
-from .common import EXTRA_OF, AsJson, count_parameters, missing, require_checkpoint, working
+from .common import AsJson, count_parameters, missing, print_json, require_checkpoint, working
 from .draw import draw
 from .evaluate import evaluation
 from .explain import explain
@@ -73,7 +73,7 @@ def info(
     if as_json:
         content = {"tasks": config.to_dict()["tasks"], "parameters": parts, "dtype": str(config.dtype)}
         content |= {"language_model": config.text_config.model_type, "token_rows": config.text_config.vocab_size}
-        typer.echo(json.dumps(content, indent=2))
+        print_json(content)
         return
     console = Console()
     tasks = Table("task", "puts out", "rank", "alpha", "experts", "vision layer", "token tables", title="Tasks")
@@ -101,10 +101,9 @@ def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA_OF:
-            raise
         typer.echo(f"Error: this {missing(error)}", err=True)
         sys.exit(1)
     except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
+        sentence = re.sub(r"\s*\n\s*", " ", str(error))  # transformers' errors have several lines
+        typer.echo(f"Error: {sentence}", err=True)
         sys.exit(1)

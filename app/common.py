@@ -1,5 +1,7 @@
 """What the commands share: options, and loading a checkpoint as a Python user does."""
 
+import functools
+import importlib.util
 import json
 import os
 import re
@@ -26,16 +28,15 @@ EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui"}
 # The small model that comes with the package.
 NANO = str(Path(__file__).parent.parent / "nano")
 
-Checkpoint = Annotated[
-    str,
-    typer.Option(
-        "--checkpoint",
-        "-c",
-        envvar="HEALTHGPT_CHECKPOINT",
-        help="Exported folder or Hub repository, whose code is run.",
-        show_default="the small model of the package",
-    ),
-]
+checkpoint_option = functools.partial(
+    typer.Option,
+    "--checkpoint",
+    "-c",
+    envvar="HEALTHGPT_CHECKPOINT",
+    help="Exported folder or Hub repository, whose code is run.",
+)
+Checkpoint = Annotated[str, checkpoint_option(show_default="the small model of the package")]
+RequiredCheckpoint = Annotated[str, checkpoint_option()]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")]
 Frame = Annotated[
@@ -51,7 +52,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def load(checkpoint: str, device: str | None, dtype: str | None):
     """Model and processor of a checkpoint, as a Python user loads them."""
-    require_checkpoint(checkpoint)
+    config = require_checkpoint(checkpoint)
+    lacking = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if config.get("quantization_config") and lacking:
+        raise ValueError(
+            f"{checkpoint} is quantised, and loading it needs {' and '.join(lacking)}: "
+            "pip install healthgpt[quantization]."
+        )
     if checkpoint == NANO:
         typer.echo(
             "No checkpoint named (-c): this is the small demonstration model, worthless for medicine.", err=True
@@ -64,7 +71,6 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process one of its own
         device = device or (gpu if torch.cuda.is_available() else "cpu")
         try:
@@ -72,31 +78,38 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
         except (RuntimeError, AssertionError) as error:
             reason = str(error).split("\n")[0]
             raise ValueError(f"The device {device!r} cannot be used here: {reason}.") from error
-        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(
-                checkpoint, trust_remote_code=True, dtype=dtype or "auto"
-            )
-        except SafetensorError as error:
-            raise ValueError(f"The weights of {checkpoint} are damaged: {error}.") from error
-        return model.to(device), processor
+    if not Console(stderr=True).is_terminal:
+        logging.disable_progress_bar()  # transformers' own, of downloads and weights
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype or "auto")
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {checkpoint} are damaged: {error}.") from error
+    return model.to(device), processor
 
 
-def require_checkpoint(checkpoint: str) -> None:
-    """Refuses what is neither a folder nor the name of a Hub repository, and checkpoints of other models."""
+def require_checkpoint(checkpoint: str) -> dict:
+    """
+    The content of a checkpoint's config.json; refuses what is neither a folder nor the name of a Hub repository, and checkpoints
+    of other models.
+    """
     if not Path(checkpoint).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise ValueError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
     from transformers import PreTrainedConfig
 
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
         raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
-    model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
+    config = PreTrainedConfig.get_config_dict(checkpoint)[0]
+    model_type = config.get("model_type")
     if model_type != "healthgpt":
         raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: its config.json is that of a {model_type} model.")
+    return config
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """That something needs a package of `EXTRA_OF`, and how to install it."""
+    """That something needs a package of `EXTRA_OF`, and how to install it; raises the error again if no extra brings it."""
+    if error.name not in EXTRA_OF:
+        raise error
     return f"needs {error.name}: pip install healthgpt[{EXTRA_OF[error.name]}]."
 
 
@@ -140,7 +153,15 @@ def prepare(model, processor, messages: list[dict], task: str):
 
 def print_result(as_json: bool, text: str, content: dict) -> None:
     """The result of a command on stdout, for people or programs."""
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else text)
+    if as_json:
+        print_json(content)
+    else:
+        typer.echo(text)
+
+
+def print_json(content: dict) -> None:
+    """A result on stdout for programs."""
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def bars() -> Progress:

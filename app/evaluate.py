@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Checkpoint, Device, Dtype, bars, load, print_result, require_kind
+from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, require_kind, working
 
 evaluation = typer.Typer(
     help="Score answers on benchmarks and drawn pictures against true ones.", no_args_is_help=True
@@ -24,7 +24,7 @@ Lpips = Annotated[bool, typer.Option("--lpips", help="LPIPS too; needs torchvisi
 def answers(
     benchmark: Annotated[str, typer.Argument(help="vqa_rad, path_vqa, slake, mmmu_med, omnimedvqa or samples.")],
     data: Annotated[Path, typer.Argument(help="Its local copy, as the Hub has it; for samples, JSON lines.")],
-    checkpoint: Checkpoint,
+    checkpoint: RequiredCheckpoint,
     output: Output,
     split: Annotated[str | None, typer.Option(help="By default test, and validation for mmmu_med.")] = None,
     task: Annotated[str, typer.Option(help="A task of the checkpoint that answers in words.")] = "comprehension",
@@ -42,7 +42,8 @@ def answers(
     """
     from ..evaluation import Records, answer_items, read_benchmark, state_of, summarise_answers, write_report
 
-    items = list(itertools.islice(read_benchmark(benchmark, data, split), limit))
+    with working("Reading the questions"):
+        items = list(itertools.islice(read_benchmark(benchmark, data, split), limit))
     if not items:
         raise ValueError(f"{data} has no questions.")
     settings = {"checkpoint": checkpoint, "benchmark": benchmark, "data": str(data), "split": split, "task": task}
@@ -63,7 +64,7 @@ def answers(
 @evaluation.command("draw")
 def draw(
     data: Annotated[Path, typer.Argument(help="JSON lines as for train; samples with a target_image.")],
-    checkpoint: Checkpoint,
+    checkpoint: RequiredCheckpoint,
     output: Output,
     name: Annotated[str, typer.Option(help="Benchmark in the table, for example super_resolution.")] = "pictures",
     task: Annotated[str, typer.Option(help="Task of the samples that name none.")] = "generation",
@@ -87,7 +88,8 @@ def draw(
     settings = {"checkpoint": checkpoint, "data": str(data), "task": task, "limit": limit, "dtype": dtype}
     settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
     model, processor = load(checkpoint, device, dtype)
-    samples = read_samples(data, model.config, task)
+    with working("Reading the samples"):
+        samples = read_samples(data, model.config, task)
     samples = [sample for sample in samples if sample["target_image"] is not None][:limit]
     if not samples:
         raise ValueError(f"{data} has no samples with a target_image.")

@@ -1,6 +1,5 @@
 """`healthgpt export` and `healthgpt plugin`: checkpoints made and changed."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from .common import AsJson, count_parameters, on_terminal, print_result, working
+from .common import AsJson, count_parameters, on_terminal, print_json, print_result, working
 
 plugins = typer.Typer(help="List the plugins of a checkpoint, take one out, put one in.", no_args_is_help=True)
 
@@ -102,21 +101,29 @@ def export(
         if quantize is not None:
             require_bitsandbytes(quantize)
         with tempfile.TemporaryDirectory() as folder:
+            local = fetch(sources, Path(folder))
             with working("Reading the sources"):
-                plan = build_plan(fetch(sources, Path(folder)), dtype)
+                plan = build_plan(local, dtype)
                 if preset is not None:
                     require_preset(plan.config, preset)
             print_plan(plan, quantize, as_json)
         return
-    logging.disable_progress_bar()  # of the model that runs every task once
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with on_terminal(*columns, TimeRemainingColumn()) as bars:
+    bars = on_terminal(*columns, TimeRemainingColumn())
+    downloads_have_bars = logging.is_progress_bar_enabled()
 
-        def progress(stage, total):
-            bar = bars.add_task(stage, total=total)
-            return lambda nbytes: bars.advance(bar, nbytes)
+    def progress(stage, total):
+        logging.disable_progress_bar()  # downloads are over; loading the model that tries every task has this one
+        bars.start()
+        bar = bars.add_task(stage, total=total)
+        return lambda nbytes: bars.advance(bar, nbytes)
 
+    try:
         run(sources, output, dtype, quantize, skip_forward, preset, progress)
+    finally:
+        bars.stop()
+        if downloads_have_bars:
+            logging.enable_progress_bar()  # for the upload
     content = {"output": str(output)}
     if push_to_hub is not None:
         content["url"] = upload(output, push_to_hub, public, create_pr)
@@ -158,7 +165,7 @@ def list_plugins(
     with working("Reading the checkpoint"):
         found = run(checkpoint)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
     table = Table("task", "tensors", "bytes", title="Plugins")
     for task, size in found.items():
@@ -224,7 +231,7 @@ def print_plan(plan, quantize: str | None, as_json: bool) -> None:
         content = {"tensors": tensors, "dropped": [name for name, _, _ in plan.dropped], "parameters": parts}
         content |= {"bytes": plan.total_bytes, "quantized_bytes": quantized, "dtype": str(plan.config.dtype)}
         content |= {"tasks": {name: task.kind for name, task in plan.config.tasks.items()}}
-        typer.echo(json.dumps(content, indent=2))
+        print_json(content)
         return
     for transfer in plan.transfers:
         typer.echo(

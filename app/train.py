@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Checkpoint, Device, Dtype, load, print_result
+from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, working
 
 
 def train(
     data: Annotated[Path, typer.Argument(help="JSON lines: task, instruction, response, input_image, target_image.")],
-    checkpoint: Checkpoint,
+    checkpoint: RequiredCheckpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the plugin, logs and checkpoints.")],
     stage: Annotated[str, typer.Option(help="alignment, fusion or instruction.")] = "instruction",
     task: Annotated[
@@ -89,8 +89,9 @@ def train(
         raise ValueError("--kind, --init-from, --rank, --experts and --alpha are for a --task that is new.")
 
     kinds = {name: settings.kind for name, settings in tasks.items()}
-    samples = read_samples(data, model.config, task)
-    held_out = None if eval_data is None else read_samples(eval_data, model.config, task)
+    with working("Reading the samples"):
+        samples = read_samples(data, model.config, task)
+        held_out = None if eval_data is None else read_samples(eval_data, model.config, task)
     trained = sorted(set(samples["task"]))
     if task is not None and task not in trained:
         raise ValueError(f"No line of {data} has the task {task!r}: name it there, or leave the field task out.")
@@ -133,8 +134,10 @@ def train(
         samples = add_codes(samples, model, processor)
         held_out = None if held_out is None else add_codes(held_out, model, processor)
     collator = TrainingCollator(processor, max_length)
-    for rows in filter(None, (samples, held_out)):
-        collator.check(rows, needs_pictures=set(recipe.learning_rates) == {"projector"})
+    needs_pictures = set(recipe.learning_rates) == {"projector"}
+    with bars() as progress:
+        for rows in filter(None, (samples, held_out)):
+            collator.check(progress.track(rows, description="Trying every line"), needs_pictures)
     trainer = HealthGPTTrainer(
         model,
         recipe,

@@ -146,7 +146,7 @@ def export(
             record["files"] = sorted(path.name for path in partial.iterdir() if path.name != ".lock")
             write_json(partial / RECORD_NAME, record)  # `push` uploads these files and no others
         if not skip_forward:
-            check_forward(plan, partial)
+            check_forward(plan, partial, progress)
         (partial / ".lock").unlink()
         if output.exists():
             output.rmdir()
@@ -283,22 +283,25 @@ def write_files(plan: Plan, folder: Path) -> None:
         shutil.copyfile(ROOT / name, folder / name)
 
 
-def check_forward(plan: Plan, folder: Path) -> None:
+def check_forward(plan: Plan, folder: Path, progress: Callable[[str, int], Advance]) -> None:
     """
     Loads the checkpoint and runs every task once on a picture and a word, if memory allows; else a warning says so.
 
     Raises:
         CheckpointError: if a task cannot run here, or a logit is not finite.
     """
-    needed = 1.2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    needed = 1.2 * stored
     available = psutil.virtual_memory().available
     if available < needed:
         logger.warning(
             "No task was tried: that takes %.1f GB of memory and %.1f GB are free.", needed / 1e9, available / 1e9
         )
         return
+    advance = progress("Trying", stored * (1 + len(plan.config.tasks)))  # all weights for loading, and for each task
     with reading("The finished checkpoint"):
         model = HealthGPTForConditionalGeneration.from_pretrained(folder)
+    advance(stored)
     picture = Image.new("RGB", (64, 48), (90, 120, 150))
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
     for task in plan.config.tasks:
@@ -314,3 +317,4 @@ def check_forward(plan: Plan, folder: Path) -> None:
             logits = model(**inputs.to(model.device), task=task).logits
         if not math.isfinite(logits.abs().max()):
             raise CheckpointError(f"The logits of task {task!r} are not finite in {plan.config.dtype}.")
+        advance(stored)

@@ -28,7 +28,8 @@ PALETTES = tuple(
     for colour in ("Red", "Green", "Blue")
     for segmented, part in (("", "Descriptor"), ("", "Data"), ("Segmented", "Data"))
 )
-# All that is read of a file: no name, number or date of a patient is among it.
+# All that is read of a data set: no name, number or date of a patient is among it, but in sequences, which are read whole and
+# may tell when a frame was taken. Of those only `FRAME_MACROS` and `LUTS` are looked at.
 TAGS = (
     *PIXELS,
     *LUTS,
@@ -60,7 +61,8 @@ class DicomFile:
     Greys pass the Modality LUT or rescaling, then the VOI LUT or else the first window of the file (`LINEAR`, `LINEAR_EXACT` or
     `SIGMOID`), those of the frame itself in enhanced multi-frame files. Without either, black and white are the lowest and the
     highest value of the frame, pixel padding left out. `MONOCHROME1` is inverted after that. Colours are RGB, YBR or a palette;
-    of more than 8 bits the upper 8 are kept. A pixel is taken as square. Overlays are not drawn.
+    of more than 8 bits the upper 8 are kept. A pixel is taken as square. Overlays are not drawn. An empty element counts as absent,
+    as does a window of a width that its function forbids.
 
     Args:
         path (`Path`): A file of PS3.10, compressed or not.
@@ -139,7 +141,7 @@ class DicomFile:
             table.LUTDescriptor = [entries, first, 16]  # pydicom counts into tables of 8 bits with 8 bits
             tags.VOILUTSequence = [table]
             greys = to_greys(apply_voi_lut(values, tags), 0, 2**depth - 1)
-        elif tags.get("WindowCenter") is not None and tags.get("WindowWidth") is not None:
+        elif has_window(tags):
             greys = to_greys(apply_voi_lut(values, tags), 0, 255)
         else:
             greys = to_greys(values, *value_range(values if padding.all() else values[~padding]))
@@ -155,16 +157,25 @@ class DicomFile:
                 sources += self.data[sequence][index].get(macro, [])
         for source in sources:
             for keyword in ("PhotometricInterpretation", *LUTS):
-                if keyword in source:
+                if keyword in source and not source[keyword].is_empty:
                     tags[keyword] = source[keyword]
         return tags
 
     def _padding(self, values: np.ndarray) -> np.ndarray:
         """Which stored values are no part of the picture (PS3.3 C.7.5.1.1.2)."""
-        if "PixelPaddingValue" not in self.data:
+        value, limit = self.data.get("PixelPaddingValue"), self.data.get("PixelPaddingRangeLimit")
+        if value is None:
             return np.zeros(values.shape, bool)
-        ends = self.data.PixelPaddingValue, self.data.get("PixelPaddingRangeLimit", self.data.PixelPaddingValue)
+        ends = value, value if limit is None else limit
         return (min(ends) <= values) & (values <= max(ends))
+
+
+def has_window(tags: Dataset) -> bool:
+    """Whether there is a window, of a width that its function allows (PS3.3 C.11.2.1.2.1 and C.11.2.1.3)."""
+    if "WindowCenter" not in tags or "WindowWidth" not in tags:
+        return False
+    width = np.ravel(tags.WindowWidth)[0]  # of the first window, if there are several
+    return width >= 1 if tags.get("VOILUTFunction", "LINEAR").upper() == "LINEAR" else width > 0
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import OrientationError
 from nibabel.spatialimages import HeaderDataError
 from PIL import Image
 
@@ -27,7 +28,8 @@ class NiftiFile:
         path (`Path`): A `.nii` or `.nii.gz` file.
 
     Raises:
-        ValueError: if it cannot be read, has neither three nor four dimensions, or its values are no plain numbers.
+        ValueError: if it cannot be read, has neither three nor four dimensions, its affine gives an axis no direction, or its
+            values are no plain numbers.
     """
 
     def __init__(self, path: Path):
@@ -40,7 +42,9 @@ class NiftiFile:
                 raise ValueError("its voxels are colours or complex numbers.")
             self.volume = nibabel.as_closest_canonical(image.slicer[..., 0] if len(image.shape) == 4 else image)
         except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
-            raise self._unreadable(error) from error
+            raise self._unreadable(str(error)) from error
+        except OrientationError as error:
+            raise self._unreadable("its affine gives one of its axes no direction") from error
         self.num_frames = self.volume.shape[2]
         self.default_frame = self.num_frames // 2
 
@@ -51,10 +55,10 @@ class NiftiFile:
             if not low < high:
                 low, high = value_range(values)
         except (EOFError, OSError, ValueError, zlib.error) as error:
-            raise self._unreadable(error) from error
+            raise self._unreadable(str(error)) from error
         # (right, front) -> rows from front to back, columns from right to left
         return Image.fromarray(to_greys(values[::-1, ::-1, frame].T, low, high))
 
-    def _unreadable(self, error: Exception) -> ValueError:
-        reason = " ".join(str(error).split()).rstrip(".")
+    def _unreadable(self, reason: str) -> ValueError:
+        reason = " ".join(reason.split()).rstrip(".")
         return ValueError(f"{str(self.path)!r} is not a NIfTI volume that can be read: {reason}.")

@@ -56,14 +56,17 @@ def count_frames(path: str | Path) -> int:
 
 
 def _open(path: Path):
-    if not path.is_file():
-        raise ValueError(f"There is no picture file {str(path)!r}.")
+    try:
+        if not path.is_file():
+            raise ValueError(f"There is no picture file {str(path)!r}.")
+        with open(path, "rb") as file:
+            preamble = file.read(132)
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     if path.name.lower().endswith((".nii", ".nii.gz")):
         from .nifti import NiftiFile
 
         return NiftiFile(path)
-    with open(path, "rb") as file:
-        preamble = file.read(132)
     if preamble.endswith(b"DICM") and len(preamble) == 132:
         from .dicom import DicomFile
 

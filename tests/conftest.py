@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from warm import programs
 
 from healthgpt.hub_export import CheckpointError, ExportSources, export
 
@@ -87,6 +89,19 @@ def checkpoints(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def healthgpt(tmp_path_factory):
+    """Runs a command as a user types it, without the time of its imports."""
+    folder = tmp_path_factory.mktemp("programs")
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        command = [folder / "healthgpt", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+
+    with programs(folder, dict(os.environ)):
+        yield run
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import datasets
@@ -24,9 +25,16 @@ from snippets import read_snippets
 from transformers.utils import is_torchao_available
 from warm import programs
 
+from healthgpt.app.common import EXTRA_OF
+from healthgpt.training.data import FIELDS
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if read_snippets(page))]
+TEXTS = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [page for page in TEXTS if read_snippets(page)]
+# The lines of blocks labelled `console`, which are not run: they install, start these tests, or serve until Ctrl-C.
+NOT_RUN = {"make demo", "make test", "make docs", "pip install .", "pip install .[export]", "pip install .[ui]"}
+NOT_RUN |= {"healthgpt ui -c HealthGPT-M3"}
 
 
 def marked(page):
@@ -127,10 +135,31 @@ def test_snippets_run_as_printed(page, folder, environment):
 
 
 def test_no_snippet_is_passed_over():
-    for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
-        languages = re.findall(r"^ *(?:```|~~~) *(\w+)", page.read_text(), flags=re.MULTILINE)
-        assert set(languages) <= {"bash", "python", "text"}, page
-        assert len(read_snippets(page)) == len(languages) - languages.count("text"), page
+    console = set()
+    for page in TEXTS:
+        text = page.read_text()
+        fences = re.findall(r"^ *(?:```|~~~) *(\w*)", text, flags=re.MULTILINE)
+        languages, ends = fences[::2], fences[1::2]
+        assert set(languages) <= {"bash", "console", "json", "python", "text"} and not any(ends), page
+        assert len(read_snippets(page)) == languages.count("bash") + languages.count("python"), page
+        for language, code in re.findall(
+            r"^ *``` *(console|json)\n(.*?)^ *```$", text, flags=re.DOTALL | re.MULTILINE
+        ):
+            if language == "json":  # samples
+                assert all(set(json.loads(line)) <= set(FIELDS) for line in code.splitlines()), page
+            else:
+                console |= {line.split("#")[0].strip() for line in code.splitlines()}
+    assert console == NOT_RUN
+
+
+def test_every_extra_that_is_named_exists():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = set(setup["options.extras_require"])
+    named = {page: set(re.findall(r"pip install [\w.]+\[(\w+)\]", page.read_text())) for page in TEXTS}
+    assert set().union(EXTRA_OF.values(), *named.values()) <= extras
+    index = re.findall(r"^\| `pip install \.\[(\w+)\]`", (DOCS / "index.md").read_text(), flags=re.MULTILINE)
+    assert set(index) == extras - {"dev"}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """The package as a user installs it, from a clean clone and from a wheel, beside its core dependencies and nothing else."""
 
+import ast
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import distribution, version
+from configparser import ConfigParser
+from importlib.metadata import distribution, packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from pydicom.data import get_testdata_file
 
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+PACKAGES = [path.parent.name for path in ROOT.glob("*/__init__.py")]
 M3 = [*("export", "--base", GOLDEN / "m3/base", "--vision", GOLDEN / "m3/vit"), "--output", "out"]
 M3 += ["--comprehension", GOLDEN / "m3/com_hlora_weights.bin"]
 # Several commands in one process: the first import of torch is the long one.
@@ -92,10 +96,31 @@ def test_a_clean_clone_and_a_wheel_install_and_work_with_the_core_dependencies(c
     calls = [["draw", picture, "Reconstruct the image.", "-o", "out.png"], ["info", package / "nano"]]
     calls += [["train", "pairs.jsonl", "-c", "user/model", "-o", "out"], ["eval", "pictures", ".", ".", "-o", "out"]]
     calls += [M3, [*M3, "--quantize", "8bit"], ["ui"], ["explain", picture, "What?", "-o", "out"]]
-    calls += [["ask", get_testdata_file("MR_small.dcm", download=False), "What?"]]
+    calls += [["ask", get_testdata_file("MR_small.dcm", download=False), "What?"], ["ask", "-c", "quantised", "What?"]]
+    (tmp_path / "quantised").mkdir()
+    config = {"model_type": "healthgpt", "quantization_config": {"load_in_8bit": True}}
+    (tmp_path / "quantised/config.json").write_text(json.dumps(config))
     calls = str([[str(argument) for argument in arguments] for arguments in calls])
     result = run(fresh / "bin/python", "-c", CALLS, calls, folder=tmp_path)
     assert Image.open(tmp_path / "out.png").size == (64, 64) and "plugin of generation" in result.stdout
     extras = re.findall(r"pip install healthgpt\[(\w+)\]", result.stderr)
-    assert extras == ["train", "eval", "export", "quantization", "ui", "plot", "dicom"], result.stderr
+    assert extras == ["train", "eval", "export", "quantization", "ui", "plot", "dicom", "quantization"], result.stderr
+    assert "quantised is quantised, and loading it needs bitsandbytes and accelerate: pip install" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_everything_that_is_imported_is_named_in_setup_cfg():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lists = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    named = {Requirement(line).name.lower() for lines in lists for line in lines.split("\n") if line}
+    distributions, imported = packages_distributions(), set()
+    for file in (path for folder in ("", *PACKAGES) for path in (ROOT / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module)
+    imported = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
+    assert "torch" in imported
+    assert not {name for name in imported if not named & {found.lower() for found in distributions[name]}}

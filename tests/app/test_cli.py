@@ -1,11 +1,15 @@
 """The commands as a user types them."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 from importlib.metadata import version
 
 import pytest
@@ -16,12 +20,7 @@ from transformers import AutoProcessor
 from typer.testing import CliRunner
 
 from healthgpt.app.cli import app, main
-
-
-def healthgpt(*arguments):
-    script = "from healthgpt.app.cli import main; main()"
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+from healthgpt.app.common import missing
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def folder(checkpoints):
     return checkpoints("m3").folder
 
 
-def test_export_info_ask_and_draw(tmp_path, checkpoints):
+def test_export_info_ask_and_draw(healthgpt, tmp_path, checkpoints):
     m3, folder = GOLDEN / "m3", tmp_path / "checkpoint"
     arguments = [
         "export",
@@ -106,17 +105,56 @@ def test_explain_draws_the_routers_and_every_picture(
     assert all(Image.open(figure).width > 100 for figure in figures)
 
 
-def test_a_missing_package_is_named_with_its_extra(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "healthgpt.explain.plots", raising=False)
-    monkeypatch.setattr(sys, "argv", ["healthgpt", "explain", "-c", str(folder), "What?", "-o", str(tmp_path / "out")])
-    with pytest.raises(SystemExit):
-        main()
-    assert capsys.readouterr().err == "Error: this needs matplotlib: pip install healthgpt[plot].\n"
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """The error of a command that ends with one, without the packages of some names."""
+
+    def run(*arguments, without=()):
+        for package in without:
+            monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.setattr(sys, "argv", ["healthgpt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 1
+        return capsys.readouterr().err
+
+    return run
 
 
-def test_plugins_are_listed_taken_out_and_put_in(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("package", "extra", "module", "arguments"),
+    [
+        ("matplotlib", "plot", "explain.plots", ("explain", "What?", "-o", "out")),
+        ("nibabel", "dicom", "medical.nifti", ("ask", "volume.nii", "What?")),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(package, extra, module, arguments, fails, tmp_path, monkeypatch):
+    (tmp_path / "volume.nii").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, f"healthgpt.{module}", raising=False)
+    expected = f"Error: this needs {package}: pip install healthgpt[{extra}].\n"
+    assert fails(*arguments, without=[package]) == expected
+
+
+@pytest.mark.parametrize("packages", [("bitsandbytes",), ("accelerate",), ("bitsandbytes", "accelerate")])
+def test_a_quantised_checkpoint_names_the_packages_that_it_lacks(packages, fails, tmp_path):
+    config = {"model_type": "healthgpt", "quantization_config": {"load_in_8bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert fails("ask", "-c", tmp_path, "What?", without=packages) == (
+        f"Error: {tmp_path} is quantised, and loading it needs {' and '.join(packages)}: "
+        "pip install healthgpt[quantization].\n"
+    )
+
+
+def test_what_no_extra_brings_is_a_defect_and_raised():
+    with pytest.raises(ModuleNotFoundError, match="No module named 'nowhere'"):
+        missing(ModuleNotFoundError("No module named 'nowhere'", name="nowhere"))
+
+
+def test_plugins_are_listed_taken_out_and_put_in(healthgpt, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "checkpoint")
+    config = (folder / "config.json").read_text().replace("Reconstruct the image.", "日本語")
+    (tmp_path / "checkpoint/config.json").write_text(config, encoding="utf-8")
     sizes = json.loads(healthgpt("plugin", "list", folder, "--json").stdout)
     assert sizes["comprehension"]["tensors"] == 28
     assert "comprehension" in healthgpt("plugin", "list", folder).stdout
@@ -124,10 +162,11 @@ def test_plugins_are_listed_taken_out_and_put_in(folder, tmp_path):
     assert result.returncode == 0, result.stderr
     result = healthgpt("plugin", "add", tmp_path / "checkpoint", tmp_path / "p", "--name", "ct_to_mri")
     assert result.returncode == 0, result.stderr
-    assert list(json.loads(healthgpt("info", tmp_path / "checkpoint", "--json").stdout)["tasks"]) == [
-        "comprehension",
-        "ct_to_mri",
-    ]
+    content = healthgpt("info", tmp_path / "checkpoint", "--json").stdout
+    assert (
+        list(json.loads(content)["tasks"]) == ["comprehension", "ct_to_mri"]
+        and '"default_prompt": "日本語"' in content
+    )
     again = healthgpt("plugin", "add", tmp_path / "checkpoint", tmp_path / "p", "--name", "ct_to_mri")
     assert again.returncode == 1 and "has a task 'ct_to_mri' already" in again.stderr
 
@@ -141,6 +180,7 @@ def test_plugins_are_listed_taken_out_and_put_in(folder, tmp_path):
         (["ask", "-c", "FOLDER", GOLDEN / "m3/cases.json", "What?"], "is not a picture that can be read"),
         (["ask", "-c", "FOLDER", "--task", "generation", "What?"], "no task 'generation' that answers in words"),
         (["ask", "-c", "nowhere", "What?"], "nowhere is neither a folder nor a Hub repository"),
+        (["ask", "-c", "user/nowhere", "What?"], r"couldn't connect to .* Check your internet connection .*mode'\.$"),
         (["ask", "-c", "FOLDER", "--dtype", "int3", "What?"], "There is no dtype 'int3'"),
         (["ask", "-c", "FOLDER", "word " * 5000], "the model's window is 4096 tokens"),
         (["draw", "-c", "FOLDER", "Draw.", "-o", "picture.xyz"], "no ending of a picture format"),
@@ -163,7 +203,7 @@ def test_plugins_are_listed_taken_out_and_put_in(folder, tmp_path):
     ],
 )
 def test_mistakes_are_answered_in_one_sentence(
-    arguments, message, folder, checkpoints, tmp_path, tmp_path_factory, monkeypatch, capsys
+    arguments, message, fails, folder, checkpoints, tmp_path, tmp_path_factory, monkeypatch
 ):
     damaged, named = (tmp_path_factory.mktemp("other") / name for name in ("damaged", "folder.png"))
     named.mkdir()
@@ -173,11 +213,7 @@ def test_mistakes_are_answered_in_one_sentence(
     names = {"FOLDER": folder, "L14": checkpoints("l14").folder, "DAMAGED": damaged, "NAMED": named}
     arguments = [names.get(argument, argument) if isinstance(argument, str) else argument for argument in arguments]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["healthgpt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 1
-    [error] = [line for line in capsys.readouterr().err.split("\n") if line.startswith("Error: ")]
+    [error] = [line for line in fails(*arguments).split("\n") if line.startswith("Error: ")]
     assert re.search(message, error)
     assert not list(tmp_path.iterdir())
 
@@ -199,7 +235,9 @@ def test_every_command_has_help_with_an_example_and_prints_json():
         assert examples and all(example.startswith(f"healthgpt {' '.join(words)} ") for example in examples)
         if words != ("ui",):  # which prints no result
             assert "--json" in {name for parameter in command.params for name in parameter.opts}
-        assert all(option.help for option in command.params if option.param_type_name == "option")
+        for option in command.params:
+            if option.param_type_name == "option":
+                assert option.help and not (option.required and isinstance(option.show_default, str))
         result = CliRunner().invoke(app, [*words, "--help"])
         assert result.exit_code == 0 and "Example:" in result.stdout
 
@@ -226,21 +264,46 @@ def test_the_shell_completes_commands_and_options():
     assert options.split() == ["--max-new-tokens"]
 
 
-def test_what_is_not_installed_is_named_with_its_extra(tmp_path):
-    """Without the packages of the extra, in a process that cannot find them."""
-    (tmp_path / "volume.nii").touch()
-    script = "import sys; sys.modules['nibabel'] = None; from healthgpt.app.cli import main; main()"
-    command = [sys.executable, "-c", script, "ask", str(tmp_path / "volume.nii"), "What?"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1
-    assert result.stderr == "Error: this needs nibabel: pip install healthgpt[dicom].\n"
+def test_a_mistake_leaves_no_traceback_and_help_needs_no_torch():
+    def run(script, *arguments):
+        command = [sys.executable, "-c", script, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
 
-
-def test_a_mistake_leaves_no_traceback_and_help_needs_no_torch(tmp_path):
-    result = healthgpt("ask", "-c", "nowhere", "What?")
+    healthgpt = "from healthgpt.app.cli import main; main()"
+    result = run(healthgpt, "ask", "-c", "nowhere", "What?")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "Error: nowhere is neither a folder nor a Hub repository, which is written user/name.\n"
-    assert healthgpt("--version").stdout == f"healthgpt {version('healthgpt')}\n"
+    assert run(healthgpt, "--version").stdout == f"healthgpt {version('healthgpt')}\n"
     script = "import sys; from healthgpt.app import cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert result.stdout == "False False\n"
+    assert run(script).stdout == "False False\n"
+
+
+# The command, whose model takes a tenth of a second for every code that it writes.
+SLOW = """
+import sys, time
+from torch.nn.modules.module import register_module_forward_pre_hook
+register_module_forward_pre_hook(lambda module, _: time.sleep(0.1 * hasattr(module, "decode_image_tokens")))
+sys.argv[0] = "healthgpt"
+from healthgpt.app.cli import main
+main()
+"""
+
+
+def test_a_terminal_shows_bars_and_ctrl_c_while_drawing_leaves_nothing(tmp_path):
+    command = [sys.executable, "-c", SLOW, "draw", str(GOLDEN / "images/ct.png"), "Reconstruct the image."]
+    ours, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    options = {"stdout": subprocess.PIPE, "stderr": terminal, "env": os.environ | {"TERM": "xterm"}, "text": True}
+    with subprocess.Popen([*command, "-o", str(tmp_path / "out.png")], **options) as process:
+        os.close(terminal)
+        shown = b""
+        while not re.search(rb"Drawing.*[1-9]\d?/64", shown):
+            shown += os.read(ours, 2**16)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=300)[0]
+    with contextlib.suppress(OSError):  # the end, as Linux tells it
+        while True:
+            shown += os.read(ours, 2**16)
+    os.close(ours)
+    assert (process.returncode, output) == (130, "") and not list(tmp_path.iterdir())
+    assert b"Traceback" not in shown and re.search(rb"Loading weights: +100%", shown), shown

@@ -1,13 +1,11 @@
 """`healthgpt draw`: sizes, sheets, and files that are whole or not there."""
 
 import json
-import signal
 
 import pytest
 from conftest import GOLDEN, full_disk
 from PIL import Image, ImageChops
 from pydicom.data import get_testdata_file
-from test_ask import start
 from typer.testing import CliRunner
 
 from healthgpt.app.cli import app
@@ -69,14 +67,6 @@ def test_a_full_disk_leaves_nothing_and_an_old_picture_stays(folder, tmp_path):
         result = draw("Draw.", "-c", folder, "-o", output)
     assert isinstance(result.exception, OSError)
     assert output.read_bytes() == b"old" and [path.name for path in tmp_path.iterdir()] == ["out.bmp"]
-
-
-def test_ctrl_c_leaves_nothing(tmp_path):
-    process = start("draw", RETINA, "Reconstruct the image.", "-o", tmp_path / "out.png")  # the small model
-    assert "small demonstration model" in process.stderr.readline()  # it is about to be loaded
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=300)
-    assert (process.returncode, output, errors) == (130, "", "") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("option", ["--output", "--sheet"])

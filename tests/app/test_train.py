@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -113,20 +111,9 @@ def test_fusion_of_a_4_bit_checkpoint_that_has_no_tables_of_its_own(data, checkp
     assert torch.equal(model.token_heads["generation"].weight, saved["token_heads.generation.weight"])
 
 
-def test_a_progress_bar_is_shown(pairs, checkpoints, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "healthgpt",
-        "train",
-        pairs,
-        "-c",
-        checkpoints("m3").folder,
-        "-o",
-        tmp_path / "run",
-    ]
-    command += ["--task", "ct_to_mri", "--init-from", "generation", *QUICK]
-    shown = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+def test_a_progress_bar_is_shown(healthgpt, pairs, checkpoints, tmp_path):
+    options = ("--task", "ct_to_mri", "--init-from", "generation", *QUICK)
+    shown = healthgpt("train", pairs, "-c", checkpoints("m3").folder, "-o", tmp_path / "run", *options)
     assert shown.returncode == 0, shown.stderr
     assert "2/2 [" in shown.stderr and "Warning" not in shown.stderr
 

@@ -80,7 +80,8 @@ def served(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chromium():
     if BROWSER is None:
-        pytest.skip("There is no Chromium; make's target browser installs it where there is apt-get.")
+        stop = pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip
+        stop("There is no Chromium; make's target browser installs it where there is apt-get.")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield browser

@@ -7,6 +7,7 @@ import pydicom
 import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
+from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.uid import MPEG2MPML, HTJ2KLossless
 
@@ -89,6 +90,34 @@ def test_without_a_window_values_span_black_to_white_and_padding_does_not_count(
     dataset, values = uncompressed(PixelData=np.full((32, 64), 7, np.int16).tobytes())
     assert not pixels_of(saved(dataset, tmp_path / "c")).any()
     assert set(np.unique(pixels_of(shipped("liver_1frame.dcm")))) == {0, 255}  # one bit a pixel
+
+
+WINDOW = {"WindowCenter": 40, "WindowWidth": 400}
+
+
+@pytest.mark.parametrize(
+    ("keyword", "others"),
+    [
+        *((keyword, WINDOW) for keyword in ("VOILUTFunction", "RescaleSlope", "RescaleIntercept", *WINDOW)),
+        *((keyword, {}) for keyword in ("PixelPaddingValue", "NumberOfFrames", "VOILUTSequence")),
+        ("PixelPaddingRangeLimit", {"PixelPaddingValue": -1000}),
+    ],
+)
+def test_an_empty_element_counts_as_absent(keyword, others, tmp_path):
+    dataset, _ = uncompressed(**others)
+    dataset.pop(keyword, None)
+    absent = pixels_of(saved(dataset, tmp_path / "absent"))
+    dataset.add_new(keyword, dictionary_VR(keyword).split()[-1], None)  # as anonymisers leave it
+    np.testing.assert_array_equal(pixels_of(saved(dataset, tmp_path / "empty")), absent)
+
+
+@pytest.mark.parametrize(
+    ("function", "width"), [("LINEAR", 0), ("LINEAR", 0.5), ("LINEAR_EXACT", 0), ("SIGMOID", 0), ("SIGMOID", [-1, 9])]
+)
+def test_a_window_of_a_forbidden_width_counts_as_absent(function, width, tmp_path):
+    dataset, values = uncompressed(WindowCenter=[40, 40], WindowWidth=width, VOILUTFunction=function)
+    expected = ((values - values.min()) / (values.max() - values.min()) * 255).round()
+    np.testing.assert_array_equal(pixels_of(saved(dataset, tmp_path / "ct")), expected)
 
 
 @pytest.mark.parametrize("depth", [8, 12, 16])

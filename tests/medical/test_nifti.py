@@ -90,11 +90,13 @@ def test_volumes_that_cannot_be_shown(volume, tmp_path):
     write(tmp_path / "flat.nii", volume[:, :, 0], np.eye(4))
     write(tmp_path / "complex.nii", volume.astype(np.complex64), np.eye(4))
     write(tmp_path / "nan.nii", np.full(SHAPE, np.nan, np.float32), np.eye(4))
+    write(tmp_path / "affine.nii", volume, None, sform_code=1)  # its affine is np.diag([0, 0, 0, 1])
     for name, message in (
         *((name, "is not a NIfTI volume that can be read: ") for name in files),
         ("flat.nii", r"its shape is \(6, 8\), and three or four dimensions are needed"),
         ("complex.nii", "its voxels are colours or complex numbers"),
         ("nan.nii", "none of its values is a finite number"),
+        ("affine.nii", "its affine gives one of its axes no direction"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             open_picture(tmp_path / name)

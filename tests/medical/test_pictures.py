@@ -70,11 +70,15 @@ def test_what_is_no_picture(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes((GOLDEN / "images/ct.png").read_bytes()[:500])
     (tmp_path / "empty").touch()
+    for name in ("memory", "memory.nii"):  # a file that nobody can read at its start, not even root
+        (tmp_path / name).symlink_to("/proc/self/mem")
     for name, message in (
         ("text.png", "'.*text.png' is not a picture that can be read: it is neither DICOM nor NIfTI"),
         ("empty", "it is neither DICOM nor NIfTI"),
         ("cut.png", "'.*cut.png' is not a picture that can be read: "),
         ("nowhere.png", "There is no picture file '.*nowhere.png'"),
+        ("memory", r"'.*memory' cannot be read: Input/output error\.$"),
+        ("memory.nii", r"'.*memory.nii' cannot be read: Input/output error\.$"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             open_picture(tmp_path / name)

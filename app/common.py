@@ -23,7 +23,7 @@ from rich.progress import (
 # Packages that only some commands need, and the extra that brings them.
 EXTRA_OF = {"accelerate": "train", "datasets": "train", "tensorboard": "train", "sentencepiece": "export"}
 EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval", "pydicom": "dicom", "nibabel": "dicom"}
-EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui"}
+EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui", "bitsandbytes": "quantization", "torchao": "torchao"}
 
 # The small model that comes with the package.
 NANO = str(Path(__file__).parent.parent / "nano")
@@ -53,11 +53,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def load(checkpoint: str, device: str | None, dtype: str | None):
     """Model and processor of a checkpoint, as a Python user loads them."""
     config = require_checkpoint(checkpoint)
-    lacking = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
-    if config.get("quantization_config") and lacking:
+    method = config.get("quantization_config", {}).get("quant_method")
+    lacking = [
+        name for name in (method, "accelerate") if method in EXTRA_OF and importlib.util.find_spec(name) is None
+    ]
+    if lacking:
         raise ValueError(
             f"{checkpoint} is quantised, and loading it needs {' and '.join(lacking)}: "
-            "pip install healthgpt[quantization]."
+            f"pip install healthgpt[{EXTRA_OF[method]}]."
         )
     if checkpoint == NANO:
         typer.echo(

@@ -98,7 +98,7 @@ def test_a_clean_clone_and_a_wheel_install_and_work_with_the_core_dependencies(c
     calls += [M3, [*M3, "--quantize", "8bit"], ["ui"], ["explain", picture, "What?", "-o", "out"]]
     calls += [["ask", get_testdata_file("MR_small.dcm", download=False), "What?"], ["ask", "-c", "quantised", "What?"]]
     (tmp_path / "quantised").mkdir()
-    config = {"model_type": "healthgpt", "quantization_config": {"load_in_8bit": True}}
+    config = {"model_type": "healthgpt", "quantization_config": {"quant_method": "bitsandbytes"}}
     (tmp_path / "quantised/config.json").write_text(json.dumps(config))
     calls = str([[str(argument) for argument in arguments] for arguments in calls])
     result = run(fresh / "bin/python", "-c", CALLS, calls, folder=tmp_path)

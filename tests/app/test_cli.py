@@ -138,7 +138,7 @@ def test_a_missing_package_is_named_with_its_extra(package, extra, module, argum
 
 @pytest.mark.parametrize("packages", [("bitsandbytes",), ("accelerate",), ("bitsandbytes", "accelerate")])
 def test_a_quantised_checkpoint_names_the_packages_that_it_lacks(packages, fails, tmp_path):
-    config = {"model_type": "healthgpt", "quantization_config": {"load_in_8bit": True}}
+    config = {"model_type": "healthgpt", "quantization_config": {"quant_method": "bitsandbytes"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert fails("ask", "-c", tmp_path, "What?", without=packages) == (
         f"Error: {tmp_path} is quantised, and loading it needs {' and '.join(packages)}: "

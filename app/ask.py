@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..conversations import conversation
+from ..conversations import conversation, prepare
 from .answers import AnswerTable
 from .common import (
     NANO,
@@ -20,7 +20,6 @@ from .common import (
     bars,
     load,
     open_all,
-    prepare,
     print_result,
     require_kind,
     split_arguments,
@@ -80,7 +79,7 @@ def ask(
         content = {"output": str(output), "rows": len(table.done), "left_out": left_out}
         print_result(as_json, f"{output} ({len(table.done)} answers)", content)
         return
-    inputs = prepare(model, processor, conversation(pictures, question), task)
+    inputs = prepare(processor, conversation(pictures, question), task).to(model.device)
     if not as_json:
         from .streamers import AnswerStreamer
 

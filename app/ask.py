@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..conversations import answer_batch, conversation
+from ..conversations import answer_batch, conversation, prepare
 from .answers import AnswerTable, require_utf8
 from .common import (
     NANO,
@@ -22,7 +22,6 @@ from .common import (
     bars,
     load,
     open_all,
-    prepare,
     print_result,
     require_kind,
     split_arguments,
@@ -100,7 +99,7 @@ def ask(
         return
     from .streamers import AnswerStreamer
 
-    inputs = prepare(model, processor, conversation(pictures, question), task)
+    inputs = prepare(processor, conversation(pictures, question), task).to(model.device)
     with ExitStack() as sign:
         sign.enter_context(working("Reading the question"))
 

@@ -146,14 +146,6 @@ def open_all(paths: list[Path], frame: int | None) -> list:
         return [open_picture(path, frame) for path in paths]
 
 
-def prepare(model, processor, messages: list[dict], task: str):
-    """Model inputs of one conversation on the model's device."""
-    inputs = processor.apply_chat_template(
-        messages, task=task, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    return inputs.to(model.device)
-
-
 def print_result(as_json: bool, text: str, content: dict) -> None:
     """The result of a command on stdout, for people or programs."""
     if as_json:

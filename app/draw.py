@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..conversations import conversation
+from ..conversations import conversation, prepare
 from .common import (
     NANO,
     AsJson,
@@ -17,7 +17,6 @@ from .common import (
     bars,
     load,
     open_all,
-    prepare,
     print_result,
     require_kind,
     split_arguments,
@@ -67,7 +66,7 @@ def draw(
     pictures = open_all(paths, frame)
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "image")
-    inputs = prepare(model, processor, conversation(pictures, instruction), task)
+    inputs = prepare(processor, conversation(pictures, instruction), task).to(model.device)
     if seed is not None:
         torch.manual_seed(seed)
     from .streamers import CodeCounter

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..conversations import conversation
+from ..conversations import conversation, prepare
 from .common import (
     NANO,
     AnswerTask,
@@ -17,7 +17,6 @@ from .common import (
     MaxNewTokens,
     load,
     open_all,
-    prepare,
     print_result,
     require_kind,
     split_arguments,
@@ -52,7 +51,7 @@ def explain(
     pictures = open_all(paths, frame)
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
-    inputs = prepare(model, processor, conversation(pictures, question), task)
+    inputs = prepare(processor, conversation(pictures, question), task).to(model.device)
     with working("Answering"), trace_routing(model) as routing:
         sequences = model.generate(**inputs, task=task, max_new_tokens=max_new_tokens)
     figures = {"routing.png": plot_routing(routing[task])}

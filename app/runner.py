@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria
 
-from .common import prepare
+from ..conversations import prepare
 
 
 class Watcher(StoppingCriteria):
@@ -69,7 +69,7 @@ class Runner:
         Raises:
             ValueError: if `apply_chat_template` or `generate` refuse the conversation.
         """
-        inputs = prepare(self.model, self.processor, messages, task)
+        inputs = prepare(self.processor, messages, task).to(self.model.device)
         for sequences in self._watch(inputs, task, seed, options):
             written = sequences[0, inputs["input_ids"].shape[1] :]
             yield self.processor.decode(written, skip_special_tokens=True).strip()
@@ -87,7 +87,7 @@ class Runner:
         Raises:
             ValueError: as `answer`.
         """
-        inputs = prepare(self.model, self.processor, messages, task)
+        inputs = prepare(self.processor, messages, task).to(self.model.device)
         grid = self.model.config.vqgan_config.grid_size
         rows = 0
         for sequences in self._watch(inputs, task, seed, options):
@@ -118,7 +118,7 @@ class Runner:
         from ..explain.plots import plot_attention, plot_routing
 
         def trace():
-            inputs = prepare(self.model, self.processor, messages, task)
+            inputs = prepare(self.processor, messages, task).to(self.model.device)
             written = self.processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
             sequences = torch.cat([inputs["input_ids"], written.to(self.model.device)], dim=1)
             with trace_routing(self.model) as routing:

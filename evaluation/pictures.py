@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
-from ..conversations import conversation
+from ..conversations import conversation, prepare
 from ..medical import open_picture
 from .answers import mean_of
 from .records import Records
@@ -118,10 +118,8 @@ def draw_samples(
         for number in numbers:
             pictures = [open_picture(path) for path in samples[number]["input_image"]]
             conversations.append(conversation(pictures, samples[number]["instruction"]))
-        inputs = processor.apply_chat_template(
-            conversations, task=tasks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        sequences = model.generate(**inputs.to(model.device), task=tasks, do_sample=False)
+        inputs = prepare(processor, conversations, tasks).to(model.device)
+        sequences = model.generate(**inputs, task=tasks, do_sample=False)
         pixels = model.decode_image_tokens(sequences)
         for number, picture in zip(
             numbers, processor.post_process_multimodal_output(pixels, generation_mode="image"), strict=True

@@ -26,6 +26,7 @@ import transformers
 from PIL import Image
 
 from .. import __version__
+from ..conversations import conversation, prepare
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from .card import CARD_NAME, build_card
 from .families import read_json
@@ -303,16 +304,9 @@ def check_forward(plan: Plan, folder: Path, progress: Callable[[str, int], Advan
         model = HealthGPTForConditionalGeneration.from_pretrained(folder)
     advance(stored)
     picture = Image.new("RGB", (64, 48), (90, 120, 150))
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
+    messages = conversation([picture], "What is this?")
     for task in plan.config.tasks:
-        inputs = plan.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            task=task,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = prepare(plan.processor, messages, task)
         with torch.no_grad(), reading(f"Task {task!r} of the finished checkpoint"):
             logits = model(**inputs.to(model.device), task=task).logits
         if not math.isfinite(logits.abs().max()):

@@ -1,6 +1,5 @@
 """The one way from a file to a picture, whatever its format, and plain pictures."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +94,7 @@ class PlainFile:
             if image.mode == "F" or low < 0 or high > 65535:
                 values = np.asarray(image)
                 return Image.fromarray(to_greys(values, *value_range(values)))
-            picture = load_picture(image, math.inf)
+            picture = load_picture(image)
             picture.info.clear()
             return picture
 

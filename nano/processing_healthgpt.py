@@ -236,7 +236,7 @@ class HealthGPTProcessor(ProcessorMixin):
         return [Image.fromarray(picture.numpy()) for picture in pixels.cpu()]
 
 
-def load_picture(image, image_size: int) -> Image.Image:
+def load_picture(image, image_size: int | None = None) -> Image.Image:
     """
     Reads a picture of any kind as 8-bit RGB.
 
@@ -244,7 +244,8 @@ def load_picture(image, image_size: int) -> Image.Image:
 
     Args:
         image: PIL picture, array, tensor, path, URL or base64 string.
-        image_size (`int`): Pixels per side that the vision tower sees, which limits how narrow a picture may be.
+        image_size (`int`, *optional*): Pixels per side that the vision tower sees, which limits how narrow a picture may be;
+            by default it may be of any shape.
 
     Raises:
         ValueError: if it is no picture, is empty, or has a side that would vanish.
@@ -253,7 +254,7 @@ def load_picture(image, image_size: int) -> Image.Image:
     width, height = image.size
     if width == 0 or height == 0:
         raise ValueError(f"The picture is empty: it has {width} x {height} pixels.")
-    if max(width, height) > image_size * min(width, height):
+    if image_size is not None and max(width, height) > image_size * min(width, height):
         raise ValueError(
             f"The picture is too narrow: of its {width} x {height} pixels the shorter side would vanish when the longer "
             f"one is brought to {image_size}."

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..conversations import conversation
+from ..conversations import conversation, prepare
 from .samples import INSTRUCTIONS, comprehension_sample, drawing_sample
 
 ASKED = (
@@ -25,14 +25,8 @@ SCALE, MARGIN, TITLE = 3, 12, 22  # of the sheet: pixels per pixel, and pixels
 
 def run(model, processor, samples: list[dict], task: str):
     """Ids that the model writes for samples, prompts cut off."""
-    inputs = processor.apply_chat_template(
-        [conversation([s["input_image"]] if s["input_image"] else [], s["instruction"]) for s in samples],
-        task=task,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    asked = [conversation([s["input_image"]] if s["input_image"] else [], s["instruction"]) for s in samples]
+    inputs = prepare(processor, asked, task)
     return model.generate(**inputs, task=task, max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
 
 

@@ -232,6 +232,12 @@ def test_16_bit_greys_keep_their_upper_8_bits(tmp_path):
         load_picture(Image.new("I", (3, 3), -5), 56)
 
 
+def test_a_picture_may_be_of_any_shape_where_no_tower_sees_it():
+    with pytest.raises(ValueError, match="too narrow: of its 1 x 57 pixels"):
+        load_picture(Image.new("L", (1, 57)), 56)
+    assert load_picture(Image.new("L", (1, 57))).size == (1, 57)
+
+
 def test_target_pictures_are_stretched_to_the_vqgan(processor):
     pixels = processor.process_target_images([Image.open(GOLDEN / "images/retina.png"), Image.new("L", (9, 30), 255)])
     assert pixels.shape == (2, 3, 32, 32)

@@ -22,7 +22,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
-from ..conversations import conversation
+from ..conversations import conversation, prepare
 from ..medical import open_picture
 from ..processing_healthgpt import load_picture
 
@@ -177,14 +177,8 @@ class TrainingCollator:
     def _collate(self, samples: list[dict]) -> BatchFeature:
         """The batch of samples whose pictures are open."""
         tasks = [sample["task"] for sample in samples]
-        batch = self.processor.apply_chat_template(
-            [conversation(sample["input_image"], sample["instruction"]) for sample in samples],
-            task=tasks,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        asked = [conversation(sample["input_image"], sample["instruction"]) for sample in samples]
+        batch = prepare(self.processor, asked, tasks)
         prompt_lengths = batch["attention_mask"].sum(dim=1).tolist()
         answers = [self._answer(*pair) for pair in zip(samples, prompt_lengths, strict=True)]
         ids = pad_sequence(answers, batch_first=True, padding_value=self.processor.tokenizer.pad_token_id)

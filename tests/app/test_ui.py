@@ -22,10 +22,11 @@ from pydicom.data import get_testdata_file
 from typer.testing import CliRunner
 
 from healthgpt.app.cli import app, main
-from healthgpt.app.common import NANO, prepare
+from healthgpt.app.common import NANO
 from healthgpt.app.common import load as load_checkpoint
 from healthgpt.app.page import build, serve
 from healthgpt.app.runner import Runner
+from healthgpt.conversations import prepare
 from healthgpt.explain import attention_over_pictures, plots
 from healthgpt.phantoms.samples import INSTRUCTIONS, drawing_sample
 
@@ -218,9 +219,7 @@ def test_sampling_follows_its_settings_and_its_seed(visit, served):
     with page.expect_download() as download:
         panel(page).get_by_text("Download").click()
 
-    inputs = prepare(
-        served.model, served.processor, [{"role": "user", "content": "Draw a chest X-ray."}], "generation"
-    )
+    inputs = prepare(served.processor, [{"role": "user", "content": "Draw a chest X-ray."}], "generation")
     torch.manual_seed(7)
     sequences = served.model.generate(**inputs, task="generation", do_sample=True, temperature=1.0, top_p=0.9)
     pixels = served.model.decode_image_tokens(sequences)
@@ -311,7 +310,7 @@ def test_what_an_answer_looked_at_is_that_of_its_own_tokens(served, monkeypatch)
     picture = Image.open(CT)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": content}]
-    inputs = prepare(served.model, served.processor, messages, "comprehension")
+    inputs = prepare(served.processor, messages, "comprehension")
     sequences = served.model.generate(**inputs)[:, :-1]
     expected = attention_over_pictures(served.model, inputs, sequences)
     drawn = []

@@ -21,7 +21,7 @@ from rich.progress import (
 # Packages that only some commands need, and the extra that brings them.
 EXTRA_OF = {"accelerate": "train", "datasets": "train", "tensorboard": "train", "sentencepiece": "export"}
 EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval", "pydicom": "dicom", "nibabel": "dicom"}
-EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui"}
+EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui", "bitsandbytes": "quantization"}
 
 # The small model that comes with the package.
 NANO = str(Path(__file__).parent.parent / "nano")

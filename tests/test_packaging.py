@@ -92,10 +92,10 @@ def test_a_clean_clone_and_a_wheel_install_and_work_with_the_core_dependencies(c
     calls = [["draw", picture, "Reconstruct the image.", "-o", "out.png"], ["info", package / "nano"]]
     calls += [["train", "pairs.jsonl", "-c", "user/model", "-o", "out"], ["eval", "pictures", ".", ".", "-o", "out"]]
     calls += [M3, [*M3, "--quantize", "8bit"], ["ui"], ["explain", picture, "What?", "-o", "out"]]
-    calls += [["ask", get_testdata_file("MR_small.dcm", download=False), "What?"]]
+    calls += [["ask", get_testdata_file("MR_small.dcm", download=False), "What?"], ["bench"]]
     calls = str([[str(argument) for argument in arguments] for arguments in calls])
     result = run(fresh / "bin/python", "-c", CALLS, calls, folder=tmp_path)
     assert Image.open(tmp_path / "out.png").size == (64, 64) and "plugin of generation" in result.stdout
     extras = re.findall(r"pip install healthgpt\[(\w+)\]", result.stderr)
-    assert extras == ["train", "eval", "export", "quantization", "ui", "plot", "dicom"], result.stderr
+    assert extras == ["train", "eval", "export", "quantization", "ui", "plot", "dicom", "eval"], result.stderr
     assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .ask import ask
+from .bench import bench
 from .common import AsJson, count_parameters, missing, print_json, require_checkpoint, working
 from .draw import draw
 from .evaluate import evaluation
@@ -34,6 +35,7 @@ app.command()(export)
 app.command()(push)
 app.command()(explain)
 app.command()(train)
+app.command()(bench)
 app.command()(ui)
 app.add_typer(evaluation, name="eval")
 app.add_typer(plugins, name="plugin")

@@ -1,9 +1,9 @@
 """
 Exports HealthGPT at full size from synthetic files with the published names, shapes and dtypes.
 
-    python benchmarks/full_size.py m3 --folder /tmp/full --run
-    python benchmarks/full_size.py l14 --folder /tmp/full --quantize 4bit --run
-    python benchmarks/full_size.py xl32 --folder /tmp/full
+    python -m healthgpt.benchmarks.full_size m3 --folder /tmp/full --run
+    python -m healthgpt.benchmarks.full_size l14 --folder /tmp/full --quantize 4bit --run
+    python -m healthgpt.benchmarks.full_size xl32 --folder /tmp/full
 
 Makes the files if they are not there, exports them in a process of its own, copies the result with `cp`, and prints one JSON
 line: seconds per stage, peak memory, speed beside that of `cp`, bytes beside those of the bare base. With `--run` the checkpoint
@@ -16,13 +16,18 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 import yaml
-from memory import Clock, gigabytes
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..conversations import conversation, prepare
+from ..hub_export import ExportSources
+from ..hub_export import export as export_checkpoint
+from .memory import Clock, gigabytes, in_own_process
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 PLUGINS = {
@@ -56,7 +61,7 @@ def main() -> None:
     shutil.rmtree(output, ignore_errors=True)
     result = {"model": arguments.model, "base_format": arguments.base_format}
     os.sync()  # neither waits for what was written before it
-    result |= child("export", source, output, arguments.quantize or "")
+    result |= in_own_process(export, source, output, arguments.quantize)
     os.sync()
     result["cp_seconds"] = time_cp(output)
     base = manifests["files"][f"{arguments.model}_base"].values()
@@ -64,28 +69,15 @@ def main() -> None:
     result["bytes_beside_base"] = round(result["gigabytes"] * 1e9 / base, 2)
     result["speed_beside_cp"] = round(result["cp_seconds"] / result["Writing_seconds"], 2)
     if arguments.run:
-        result |= child("run", output)
+        result |= in_own_process(run, output)
     print(json.dumps(result))
-
-
-def child(name: str, *arguments) -> dict:
-    """Runs one of the functions below in a process of its own, whose memory is then its own too."""
-    command = [sys.executable, "-c", f"import full_size; full_size.{name}(*__import__('sys').argv[1:])"]
-    text = subprocess.run(
-        [*command, *map(str, arguments)], cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    return json.loads(text.splitlines()[-1])
 
 
 def peak_gigabytes() -> float:
     return round(gigabytes("VmHWM"), 3)
 
 
-def export(source: str, output: str, quantize: str) -> None:
-    from healthgpt.hub_export import ExportSources
-    from healthgpt.hub_export import export as run
-
-    source = Path(source)
+def export(source: Path, output: Path, quantize: str | None) -> dict:
     optional = {
         "generation": source / "gen.bin",
         "fusion": source / "fusion.bin",
@@ -100,39 +92,28 @@ def export(source: str, output: str, quantize: str) -> None:
         return lambda nbytes: None
 
     start = time.perf_counter()
-    run(
+    export_checkpoint(
         ExportSources(source / "base", source / "vision", source / "com.bin", **optional),
         output,
-        quantize=quantize or None,
+        quantize=quantize,
         skip_forward=True,
         progress=progress,
     )
     ends = [begin for _, begin in stages[1:]] + [time.perf_counter()]
     result = {f"{stage}_seconds": round(end - begin, 1) for (stage, begin), end in zip(stages, ends, strict=True)}
-    nbytes = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
+    nbytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     result |= {"seconds": round(time.perf_counter() - start, 1), "gigabytes": round(nbytes / 1e9, 2)}
-    print(json.dumps(result | {"peak_gigabytes": peak_gigabytes()}))
+    return result | {"peak_gigabytes": peak_gigabytes()}
 
 
-def run(folder: str) -> None:
-    from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+def run(folder: Path) -> dict:
     start = time.perf_counter()
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     result = {"load_seconds": round(time.perf_counter() - start, 1), "loaded_gigabytes": peak_gigabytes()}
     picture = Image.radial_gradient("L")
     for task, settings in model.config.tasks.items():
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": "Reconstruct the image."}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            task=task,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = prepare(processor, conversation([picture], "Reconstruct the image."), task)
         clock = Clock()
         start = time.perf_counter()
         sequences = model.generate(**inputs, task=task, max_new_tokens=32, min_new_tokens=32, streamer=clock)
@@ -142,7 +123,7 @@ def run(folder: str) -> None:
         if settings.kind == "image":
             pixels = model.decode_image_tokens(sequences)
             result["picture"] = list(pixels.shape)
-    print(json.dumps(result | {"run_peak_gigabytes": peak_gigabytes()}))
+    return result | {"run_peak_gigabytes": peak_gigabytes()}
 
 
 def time_cp(folder: Path) -> float:

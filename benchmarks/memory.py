@@ -1,11 +1,8 @@
 """
-What each precision of a checkpoint costs: memory, speed, and how near it stays to float32.
+What each precision of a checkpoint costs on the CPU: memory, speed, and how near it stays to another one. `healthgpt bench`.
 
-    python benchmarks/memory.py nano
-    python benchmarks/memory.py HealthGPT-M3 --true-codes
-
-Each precision runs in a process of its own, one after the other, and the first of them is what the others are compared with. What
-is quantised is quantised and saved first, so that loading means loading what was saved. Printed is one table:
+Each precision runs in a process of its own, one after the other, on a phantom that no model has seen. What is quantised is
+quantised and saved first, so that loading means loading what was saved. Measured are
 
     file          gigabytes of weights on the disk
     resident      gigabytes of memory after loading and reading every weight once, without those of the libraries
@@ -13,162 +10,225 @@ is quantised is quantised and saved first, so that loading means loading what wa
     load          seconds to load
     first token   seconds to the first token of the first answer
     tokens/s      after it
-    KL            mean Kullback-Leibler divergence of the next token over the first precision's answer
+
+and beside another precision, the reference,
+
+    KL            mean Kullback-Leibler divergence of the next token over the reference's answer
     top-1         share of positions there with the same likeliest token
     codes, PSNR   share of equal codes of a drawn picture, and its decibels
 
-What does not fit can lie on the disk: `--cpu-memory 12GB` leaves that much to weights that are not quantised. It is slow, but the numbers
-to compare with are right.
-
-A full-size picture of 1024 codes takes long on a CPU: with `--true-codes` every code is the likeliest one after the true ones before
-it (those of the picture itself), which takes one forward pass.
+A full-size picture of 1024 codes takes long on a CPU: with `true_codes` every code is the likeliest one after the true ones
+before it (those of the picture itself), which takes one forward pass.
 """
 
-import argparse
-import json
-import math
+import importlib
+import logging
 import re
-import subprocess
-import sys
+import signal
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.utils.logging import disable_progress_bar
+
+from ..conversations import conversation, prepare
+from ..hub_export.quantize import BASE_WEIGHT
+from ..hub_export.sources import reading
+from ..modeling_healthgpt import HealthGPTForConditionalGeneration
+from ..phantoms import drawing_sample
+
 BITS = {
     "8bit": {"load_in_8bit": True},
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "4bit-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
 }
-PRECISIONS = ("float32", "bfloat16", "float16", *BITS)
+# Bytes of a weight of the language model's linears, with its part of their scales, and of any other weight.
+BYTES = {
+    "float32": (4, 4),
+    "bfloat16": (2, 2),
+    "float16": (2, 2),
+    "8bit": (1, 2),
+    "4bit": (0.5 + 4 / 64, 2),
+    "4bit-double": (0.5 + 1 / 64, 2),
+}
+PRECISIONS = tuple(BYTES)
 COLUMNS = ("file", "resident", "peak", "load", "first token", "tokens/s", "KL", "top-1", "codes", "PSNR")
+QUESTION = "Describe this picture."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    parser.add_argument("--tokens", type=int, default=32, help="length of the answer")
-    parser.add_argument("--true-codes", action="store_true", help="choose every code after the true ones")
-    parser.add_argument("--cpu-memory", default="", help="memory for weights that are not quantised, for example 12GB")
-    parser.add_argument("--picture", type=Path, default=ROOT / "tests/golden/images/ct.png")
-    arguments = parser.parse_args()
-    print(f"| precision | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 1)}|")
-    rows = []
+@dataclass
+class Measurement:
+    """
+    What one precision costs, and what came out of it.
+
+    Args:
+        costs (`dict[str, float]`): By the names of `COLUMNS`, `"file"` to `"tokens/s"`.
+        answer (`list[int]`): Ids of the answer.
+        log_probabilities (`np.ndarray` of shape `(tokens, rows)`): Of the next token over the reference's answer.
+        codes (`list[int]`): Ids of the drawn picture; empty if no task draws.
+        picture (`PIL.Image.Image`, *optional*): The drawn picture.
+    """
+
+    costs: dict[str, float]
+    answer: list[int]
+    log_probabilities: np.ndarray
+    codes: list[int]
+    picture: Image.Image | None
+
+
+def expected_gigabytes(config) -> dict[str, float]:
+    """
+    The cost model: gigabytes of weights in each of `PRECISIONS`.
+
+    Args:
+        config (`HealthGPTConfig`): Of the checkpoint.
+    """
+    with torch.device("meta"):
+        sizes = {name: weight.numel() for name, weight in HealthGPTForConditionalGeneration(config).named_parameters()}
+    linears = sum(size for name, size in sizes.items() if name.endswith(BASE_WEIGHT))
+    others = sum(sizes.values()) - linears
+    return {name: (linears * linear + others * other) / 1e9 for name, (linear, other) in BYTES.items()}
+
+
+def measure(
+    checkpoint: str | Path,
+    precision: str,
+    reference: Measurement | None = None,
+    tokens: int = 32,
+    true_codes: bool = False,
+    cpu_memory: str | None = None,
+) -> Measurement:
+    """
+    Measures one precision of a checkpoint, in a process of its own.
+
+    Args:
+        checkpoint (`str` or `Path`): Folder of a checkpoint that is not quantised.
+        precision (`str`): One of `PRECISIONS`.
+        reference (`Measurement`, *optional*): That of the precision to compare with; by default itself.
+        tokens (`int`, defaults to 32): Length of the answer, at least 2.
+        true_codes (`bool`, defaults to `False`): Whether to choose every code after the true ones.
+        cpu_memory (`str`, *optional*): Memory for weights that are not quantised, for example `"12GB"`; the rest lies on the
+            disk, which is slow, but the numbers to compare with are right.
+
+    Raises:
+        ValueError: if the checkpoint cannot be loaded in this precision, or memory runs out.
+    """
+    answer = None if reference is None else reference.answer
     with tempfile.TemporaryDirectory() as folder:
-        for precision in arguments.precisions:
-            checkpoint = arguments.checkpoint.absolute()
+        settings = {"dtype": precision}
+        if cpu_memory is not None:
+            settings |= {"device_map": "auto", "max_memory": {"cpu": cpu_memory}, "offload_folder": folder}
+        try:
             if precision in BITS:
-                child("quantise", checkpoint, precision, f"{folder}/{precision}")
-                checkpoint = f"{folder}/{precision}"
-            settings = [precision, arguments.tokens, arguments.true_codes or "", arguments.cpu_memory]
-            text = child("run", checkpoint, arguments.picture.absolute(), f"{folder}/first.pt", *settings)
-            row = json.loads(text.splitlines()[-1])
-            rows.append({"precision": precision} | row)
-            cells = (f"{row[name]:.3g}" if name in row else "" for name in COLUMNS)
-            print(f"| {precision} | {' | '.join(cells)} |", flush=True)
-    print(json.dumps(rows))
+                in_own_process(quantise, checkpoint, precision, folder)
+                checkpoint, settings = folder, {"device_map": {"": "cpu"}}
+            return in_own_process(run, checkpoint, precision, settings, tokens, true_codes, answer)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"The process that measured {precision} was killed, as happens when there is too little memory."
+            ) from error
 
 
-def child(name: str, *arguments) -> str:
-    program = f"import memory, sys; memory.{name}(*sys.argv[1:])"
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT / "benchmarks", check=True, stdout=subprocess.PIPE, text=True).stdout
+def compare(reference: Measurement, found: Measurement) -> dict[str, float]:
+    """How near a precision stays to the reference: `"KL"`, `"top-1"`, and if they draw `"codes"` and `"PSNR"` (dB)."""
+    true, own = reference.log_probabilities, found.log_probabilities
+    row = {
+        "KL": float((np.exp(true) * (true - own)).sum(axis=-1).mean()),
+        "top-1": float((true.argmax(axis=-1) == own.argmax(axis=-1)).mean()),
+    }
+    if found.picture is not None:
+        from ..evaluation import compare_pictures  # not at the head: the processes that are measured do without it
+
+        row["codes"] = float(np.equal(reference.codes, found.codes).mean())
+        row["PSNR"] = compare_pictures(found.picture, reference.picture)["PSNR"]
+    return row
 
 
-def quantise(checkpoint: str, precision: str, output: str) -> None:
-    from transformers import AutoProcessor, BitsAndBytesConfig
+def in_own_process(function: Callable, *arguments):
+    """What a function of a module returns in a new process, whose memory is its own; an interrupt ends it at once."""
+    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+        return pool.submit(function, *arguments).result()
 
-    settings = {"dtype": "bfloat16", "quantization_config": BitsAndBytesConfig(**BITS[precision])}
-    load(checkpoint, **settings).save_pretrained(output)
+
+def quantise(checkpoint: str | Path, precision: str, output: str) -> None:
+    settings = {"quantization_config": BitsAndBytesConfig(**BITS[precision]), "device_map": {"": "cpu"}}
+    load(checkpoint, dtype="bfloat16", **settings).save_pretrained(output)
     AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(output)
 
 
-def load(checkpoint: str, **settings):
-    from transformers import AutoModelForImageTextToText
+def load(checkpoint: str | Path, **settings):
+    disable_progress_bar()
+    for library in ("accelerate", "bitsandbytes"):  # which say at every step that they do what was asked of them
+        logging.getLogger(library).setLevel(logging.ERROR)
+    with reading(checkpoint):
+        return AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, **settings)
 
-    return AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, **settings)
 
-
-def run(checkpoint: str, path: str, first: str, precision: str, tokens: str, true_codes: str, cpu_memory: str) -> None:
-    import torch
-    from PIL import Image
-    from skimage.metrics import peak_signal_noise_ratio
-    from transformers import AutoProcessor
-
+def run(
+    checkpoint: str | Path,
+    precision: str,
+    settings: dict,
+    tokens: int,
+    true_codes: bool,
+    reference: list[int] | None,
+) -> Measurement:
+    """Loads a checkpoint with settings of `from_pretrained`, answers and draws; `reference` is an answer to compare."""
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    if precision in BITS:
+        importlib.import_module("bitsandbytes")  # neither its time nor its memory is that of the weights
     before = gigabytes("VmRSS")
     start = time.perf_counter()
-    settings = {} if precision in BITS else {"dtype": precision}
-    if settings and cpu_memory:
-        settings |= {"device_map": "auto", "max_memory": {"cpu": cpu_memory}, "offload_folder": f"{first}.offload"}
     model = load(checkpoint, **settings)
-    row = {"load": time.perf_counter() - start}
+    costs = {"load": time.perf_counter() - start}
     for tensor in model.state_dict().values():
         tensor.view(torch.uint8).max()  # weights that are mapped from the file come into memory when they are read
-    row["resident"] = gigabytes("VmRSS") - before
-    row["file"] = sum(file.stat().st_size for file in Path(checkpoint).glob("*.safetensors")) / 1e9
-    by_kind = {settings.kind: task for task, settings in model.config.tasks.items()}
-    picture = Image.open(path)
-
-    def prepare(task, text):
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            task=task,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        return inputs.to(model.dtype)
+    costs["resident"] = gigabytes("VmRSS") - before
+    costs["file"] = sum(file.stat().st_size for file in Path(checkpoint).glob("*.safetensors")) / 1e9
+    tasks = {task.kind: name for name, task in model.config.tasks.items()}
+    sample = drawing_sample("test", 0, "reconstruction")
 
     def log_probabilities(task, inputs, continuation):
-        """Of the tokens of `continuation`, `(tokens, table rows)`."""
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], continuation], dim=1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        """Of the tokens of `continuation`, `(tokens, rows)`."""
+        ids = torch.cat([inputs["input_ids"], continuation], dim=1)
+        inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.no_grad():
             logits = model(**inputs, task=task, logits_to_keep=continuation.shape[1] + 1).logits
         return logits[0, :-1].float().log_softmax(dim=-1)
 
-    found = {}
-    inputs = prepare(by_kind["text"], "Describe this picture.")
+    question = prepare(processor, conversation([sample["input_image"]], QUESTION), tasks["text"])
     start = time.perf_counter()
-    clock, length = Clock(), int(tokens)
+    clock = Clock()
     sequences = model.generate(
-        **inputs, task=by_kind["text"], streamer=clock, max_new_tokens=length, min_new_tokens=length
+        **question, task=tasks["text"], streamer=clock, max_new_tokens=tokens, min_new_tokens=tokens
     )
     times = clock.times[1:]  # the first call brings the prompt
-    row |= {"first token": times[0] - start, "tokens/s": (len(times) - 1) / (times[-1] - times[0])}
-    found["text"] = sequences[:, inputs["input_ids"].shape[1] :]
-    if "image" in by_kind:
-        task, offset = by_kind["image"], model.config.image_code_offset
-        inputs = prepare(task, "Reconstruct the image.")
+    costs |= {"first token": times[0] - start, "tokens/s": (len(times) - 1) / (times[-1] - times[0])}
+    answer = sequences[:, question["input_ids"].shape[1] :]
+    codes, picture = torch.empty(1, 0, dtype=torch.long), None
+    if "image" in tasks:
+        task, offset = tasks["image"], model.config.image_code_offset
+        inputs = prepare(processor, conversation([sample["input_image"]], sample["instruction"]), task)
         if true_codes:
             with torch.no_grad():
-                codes = model.encode_image(processor.process_target_images([path])) + offset
-            choices = log_probabilities(task, inputs, codes)[:, offset : offset + model.config.vqgan_config.num_codes]
-            found["image"] = choices.argmax(dim=-1, keepdim=True).T + offset
+                true = model.encode_image(processor.process_target_images([sample["target_image"]])) + offset
+            choices = log_probabilities(task, inputs, true)[:, offset : offset + model.config.vqgan_config.num_codes]
+            codes = choices.argmax(dim=-1)[None] + offset
         else:
-            found["image"] = model.generate(**inputs, task=task)[:, inputs["input_ids"].shape[1] :]
-        pixels = model.decode_image_tokens(found["image"])
-        [drawn] = processor.post_process_multimodal_output(pixels, generation_mode="image")
-        found["picture"] = torch.frombuffer(bytearray(drawn.tobytes()), dtype=torch.uint8)
-    row["peak"] = gigabytes("VmHWM")
-    reference = torch.load(first) if Path(first).exists() else found
-    inputs = prepare(by_kind["text"], "Describe this picture.")
-    found["log_probabilities"] = log_probabilities(by_kind["text"], inputs, reference["text"])
-    if reference is found:
-        torch.save(found, first)
-    else:
-        true, own = reference["log_probabilities"], found["log_probabilities"]
-        row["KL"] = (true.exp() * (true - own)).sum(dim=-1).mean().item()
-        row["top-1"] = (true.argmax(dim=-1) == own.argmax(dim=-1)).float().mean().item()
-        if "image" in by_kind:
-            row["codes"] = (reference["image"] == found["image"]).float().mean().item()
-            true, drawn = reference["picture"].numpy(), found["picture"].numpy()
-            row["PSNR"] = math.inf if (true == drawn).all() else peak_signal_noise_ratio(true, drawn, data_range=255)
-    print(json.dumps(row))
+            codes = model.generate(**inputs, task=task)[:, inputs["input_ids"].shape[1] :]
+        pixels = model.decode_image_tokens(codes)
+        [picture] = processor.post_process_multimodal_output(pixels, generation_mode="image")
+    costs["peak"] = gigabytes("VmHWM")
+    scored = log_probabilities(tasks["text"], question, answer if reference is None else torch.tensor([reference]))
+    return Measurement(costs, answer[0].tolist(), scored.numpy(), codes[0].tolist(), picture)
 
 
 class Clock:
@@ -187,7 +247,3 @@ class Clock:
 def gigabytes(field: str) -> float:
     """Memory of this process: `VmRSS` now, `VmHWM` at most (unlike that of getrusage, without its parent's)."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 """
 Time of one training step with plain LoRA, the naive mixture of LoRA experts and H-LoRA, all of the same total rank.
 
-    python benchmarks/training_step.py
-    python benchmarks/training_step.py --hidden-size 1024 --layers 4 --rank 64 --experts 2 4 8 32
+    python -m healthgpt.benchmarks.training_step
+    python -m healthgpt.benchmarks.training_step --hidden-size 1024 --layers 4 --rank 64 --experts 2 4 8 32
 
 The mixture runs each expert's two thin products and its share of the router by itself, hence 2 n products more per linear than
 LoRA; H-LoRA runs two products for all experts and one for the router. A step is forward, backward and AdamW on the adapters of
@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoModel
 from transformers.models.phi3 import Phi3Config
 
-from healthgpt.configuration_healthgpt import TaskConfig
-from healthgpt.modeling_healthgpt import HLoRALinear, route
+from ..configuration_healthgpt import TaskConfig
+from ..modeling_healthgpt import HLoRALinear, route
 
 PUBLISHED = {("mixture", 4): 1.49, ("mixture", 32): 5.8, ("H-LoRA", 4): 1.00, ("H-LoRA", 32): 1.01}
 

@@ -2,20 +2,15 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+from healthgpt import TaskConfig
+from healthgpt.benchmarks.training_step import LoRALinear, MixtureLinear
+from healthgpt.modeling_healthgpt import HLoRALinear, route
 
 
-def test_the_mixture_is_h_lora_expert_by_expert(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from training_step import LoRALinear, MixtureLinear
-
-    from healthgpt import TaskConfig
-    from healthgpt.modeling_healthgpt import HLoRALinear, route
-
+def test_the_mixture_is_h_lora_expert_by_expert():
     torch.manual_seed(0)
     base, n, rank = torch.nn.Linear(6, 5), 3, 12
     wide = HLoRALinear(base, {"task": TaskConfig("text", rank, 2 * rank / n, n, vision_layer=-2)})
@@ -49,7 +44,7 @@ def test_it_runs():
         "--rounds",
         "1",
     ]
-    command = [sys.executable, ROOT / "benchmarks/training_step.py", *options]
+    command = [sys.executable, "-m", "healthgpt.benchmarks.training_step", *options]
     table = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:7]] == [
         "LoRA",

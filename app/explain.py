@@ -22,6 +22,7 @@ from .common import (
     split_arguments,
     working,
 )
+from .draw import save
 
 
 def explain(
@@ -38,30 +39,32 @@ def explain(
     """
     Answers a question and draws how the routers weighed the experts and where each token of the answer looked.
 
-    Writes routing.png, and attention_0.png, attention_1.png, ... for the pictures.
+    Writes routing.png, and attention_0.png, attention_1.png, ... for the pictures, into a new or empty folder.
 
     Example: healthgpt explain -c HealthGPT-M3 chest.png "Is there a pleural effusion?" -o explained
     """
-    from ..explain import attention_over_pictures, trace_routing
-    from ..explain.plots import plot_attention, plot_routing
+    from ..explain import look_inside
+    from ..explain.plots import as_picture, plot_inside
 
     if output.is_file():
         raise ValueError(f"{output} is a file: name a folder for the figures.")
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"The folder {output} is not empty: name a new or empty one for the figures.")
     paths, question = split_arguments(arguments)
     pictures = open_all(paths, frame)
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
     inputs = prepare(processor, conversation(pictures, question), task).to(model.device)
-    with working("Answering"), trace_routing(model) as routing:
-        sequences = model.generate(**inputs, task=task, max_new_tokens=max_new_tokens)
-    figures = {"routing.png": plot_routing(routing[task])}
-    if "pixel_values" in inputs:
-        attention = attention_over_pictures(model, inputs, sequences, task)
-        for number, (pixels, grids) in enumerate(zip(inputs["pixel_values"], attention, strict=True)):
-            figures[f"attention_{number}.png"] = plot_attention(processor, pixels, grids, sequences[0])
+    with working("Answering"):
+        sequences = model.generate(**inputs, task=task, do_sample=False, max_new_tokens=max_new_tokens)
+    with working("Looking inside"):
+        routing, attention = look_inside(model, inputs, sequences, task)
+        figures = plot_inside(processor, inputs, sequences, routing[task], attention)
+        pictures = [as_picture(figure) for figure in figures]
     answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    paths = [output / "routing.png", *(output / f"attention_{number}.png" for number in range(len(pictures) - 1))]
     output.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(output / name, dpi=150)
-    written = [str(output / name) for name in figures]
+    for picture, path in zip(pictures, paths, strict=True):
+        save(picture, path)
+    written = [str(path) for path in paths]
     print_result(as_json, "\n".join([answer, *written]), {"answer": answer, "task": task, "figures": written})

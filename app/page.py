@@ -28,6 +28,8 @@ CHAT_HINT = "### Ask about one or several pictures\nAttach them below, or take a
 HOUR = 3600
 # One generation at a time, whoever asks for it: the others wait in one queue and see their place.
 GENERATION = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
+# Figures wait in the runner for the model alone, so that drawing them holds up nobody's generation.
+FIGURES = {"concurrency_id": "figures", "concurrency_limit": 1, "show_progress": "minimal"}
 CONTROL = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 THEME = gr.themes.Default(
     primary_hue="teal",
@@ -57,9 +59,20 @@ def sampling(sample: bool, temperature: float, top_p: float, seed: int | None) -
     return {"temperature": temperature, "top_p": top_p, "seed": seed} if sample else {}
 
 
+def frame_number(text: str) -> int | None:
+    """The number in `frame_field`, `None` if it is empty."""
+    if not text.strip():
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"The frame is a whole number from 0, and not {text!r}.") from error
+
+
 class Handlers:
     """
-    What the page does. They keep nothing of anybody: a chat lives in its browser and comes with every question.
+    What the page does. They keep nothing of anybody: a chat lives in its browser and comes with every question. Gradio
+    remembers, for each page that is open, by which task and with which ids the last answer was given.
 
     Args:
         runner (`Runner`): The model.
@@ -69,10 +82,10 @@ class Handlers:
         self.runner = runner
         self.image_size = runner.processor.image_size
 
-    def read(self, path: str) -> Image.Image:
+    def read(self, path: str, frame: int | None = None) -> Image.Image:
         """The picture in a file as the model gets it: RGB, 8 bits."""
         try:
-            return load_picture(open_picture(path), self.image_size)
+            return load_picture(open_picture(path, frame), self.image_size)
         except (ValueError, OSError) as error:
             raise ValueError(str(error).replace(path, Path(path).name)) from error
 
@@ -84,32 +97,39 @@ class Handlers:
         ]
         return {"role": shown["role"], "content": content}
 
-    def chat(self, prompt: dict, history: list[dict], task: str, max_new_tokens: int, *controls):
-        """Yields the emptied prompt and the chat with the answer so far; both stay as they are until there is one."""
+    def chat(self, prompt: dict, history: list[dict], task: str, max_new_tokens: int, frame: str, *controls):
+        """
+        Yields the emptied prompt, the chat with the answer so far, its task and ids, and emptied figures.
+
+        All stay as they are until there is an answer.
+        """
         with one_sentence():
-            paths = [save(self.read(path), "picture") for path in prompt["files"]]
+            number = frame_number(frame)
+            paths = [save(self.read(path, number), "picture") for path in prompt["files"]]
             files = [{"path": path, "orig_name": "picture.png", "mime_type": "image/png"} for path in paths]
             content = [*({"type": "file", "file": file} for file in files), {"type": "text", "text": prompt["text"]}]
             history = [*history, {"role": "user", "content": content}]
             messages = [self.message(shown) for shown in history]
             emptied = None
-            for answer in self.runner.answer(messages, task, max_new_tokens=max_new_tokens, **sampling(*controls)):
-                yield emptied, [*history, {"role": "assistant", "content": answer}]
+            options = {"max_new_tokens": max_new_tokens, **sampling(*controls)}
+            for answer, ids in self.runner.answer(messages, task, **options):
+                shown = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+                yield emptied, [*history, shown], (task, ids), emptied
                 emptied = gr.skip()  # the next question may be being written
 
-    def explain(self, history: list[dict], task: str) -> list[tuple[Image.Image, str]]:
+    def explain(self, history: list[dict], answered: tuple[str, list[int]] | None) -> list[tuple[Image.Image, str]]:
         """Figures of what the last answer rests on."""
         with one_sentence():
-            if not history or history[-1]["role"] != "assistant":
-                raise ValueError("There is no answer to look inside yet: ask a question about a picture first.")
-            *before, answer = history
-            messages = [self.message(shown) for shown in before]
-            return self.runner.explain(messages, answer["content"][0]["text"], task)
+            if answered is None:
+                raise ValueError("There is no answer to look inside yet: ask a question first.")
+            task, ids = answered
+            return self.runner.explain([self.message(shown) for shown in history[:-1]], ids, task)
 
-    def draw(self, prompt: dict, task: str, *controls):
+    def draw(self, prompt: dict, task: str, frame: str, *controls):
         """Yields what slider, picture, progress and download show of the picture so far."""
         with one_sentence():
-            given = [self.read(path) for path in prompt["files"]]
+            number = frame_number(frame)
+            given = [self.read(path, number) for path in prompt["files"]]
             content = [{"type": "image", "image": picture} for picture in given]
             messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt["text"]}]}]
             total = self.runner.model.config.vqgan_config.grid_size
@@ -157,6 +177,12 @@ def task_picker(model, kind: str) -> gr.Dropdown:
     return gr.Dropdown([name for name, task in model.config.tasks.items() if task.kind == kind], label="Task")
 
 
+def frame_field() -> gr.Textbox:
+    """Not a `gr.Number`, which cannot be empty before somebody empties it."""
+    info = "Frame, slice or page of files with several, from 0. Empty: the middle one of DICOM and NIfTI."
+    return gr.Textbox("", label="Frame", info=info, max_lines=1)
+
+
 def sampling_controls() -> list:
     sample = gr.Checkbox(label="Sample", info="Off: the most likely words or codes, always the same.")
     with gr.Column(visible=False) as details:
@@ -167,13 +193,19 @@ def sampling_controls() -> list:
     return [sample, temperature, top_p, seed]
 
 
-def generate_on_submit(prompt, function, inputs: list, outputs: list, progress, name: str) -> None:
-    """Runs `function` when the prompt is sent; meanwhile its button stops the run."""
-    busy = prompt.submit(lambda: gr.update(submit_btn=False, stop_btn=True), None, prompt, **CONTROL)
+def generate_on_submit(prompt, function, inputs: list, outputs: list, progress, name: str, resting=()) -> None:
+    """Runs `function` when the prompt is sent; meanwhile its button stops the run, and the `resting` buttons do nothing."""
+
+    def show(running: bool) -> dict:
+        prompt_shows = gr.update(submit_btn=not running, stop_btn=running)
+        return {prompt: prompt_shows} | {button: gr.update(interactive=not running) for button in resting}
+
+    buttons = [prompt, *resting]
+    busy = prompt.submit(lambda: show(running=True), None, buttons, **CONTROL)
     run = busy.then(function, [prompt, *inputs], outputs, api_name=name, show_progress_on=progress, **GENERATION)
     stop = prompt.stop(None, cancels=run, **CONTROL)
     for end in (run.then, run.failure, stop.then):
-        end(lambda: gr.update(submit_btn=True, stop_btn=False), None, prompt, **CONTROL)
+        end(lambda: show(running=False), None, buttons, **CONTROL)
 
 
 def build(runner: Runner, with_examples: bool) -> gr.Blocks:
@@ -201,17 +233,21 @@ def build(runner: Runner, with_examples: bool) -> gr.Blocks:
                             figures = gr.Gallery(show_label=False, columns=1, object_fit="contain", elem_id="inside")
                     with gr.Column(scale=1, min_width=280):
                         task = task_picker(model, "text")
-                        explain.click(handlers.explain, [chatbot, task], figures, api_name="explain", **GENERATION)
                         with gr.Accordion("Settings", open=False):
                             length = gr.Slider(1, 2048, 1024, step=1, label="Longest answer (tokens)")
+                            frame = frame_field()
                             controls = sampling_controls()
                         if with_examples:
                             offer_examples(
                                 prompt, (comprehension_sample("test", number, kind) for kind, number in ASKED)
                             )
-                generate_on_submit(
-                    prompt, handlers.chat, [chatbot, task, length, *controls], [prompt, chatbot], progress, "chat"
-                )
+                answered = gr.State()
+                looking = explain.click(handlers.explain, [chatbot, answered], figures, api_name="explain", **FIGURES)
+                gr.on([prompt.submit, chatbot.clear], None, cancels=looking, **CONTROL)
+                chatbot.clear(lambda: (None, None), None, [answered, figures], **CONTROL)
+                settings = [chatbot, task, length, frame, *controls]
+                shown = [prompt, chatbot, answered, figures]
+                generate_on_submit(prompt, handlers.chat, settings, shown, progress, "chat", resting=[explain])
             if "image" in kinds:
                 with gr.Tab("Draw"), gr.Row():
                     with gr.Column(scale=3):
@@ -232,11 +268,12 @@ def build(runner: Runner, with_examples: bool) -> gr.Blocks:
                     with gr.Column(scale=1, min_width=280):
                         task = task_picker(model, "image")
                         with gr.Accordion("Settings", open=False):
+                            frame = frame_field()
                             controls = sampling_controls()
                         if with_examples:
                             offer_examples(prompt, (drawing_sample("test", 0, kind) for kind in INSTRUCTIONS))
                 shown = [slider, picture, progress, download]
-                generate_on_submit(prompt, handlers.draw, [task, *controls], shown, progress, "draw")
+                generate_on_submit(prompt, handlers.draw, [task, frame, *controls], shown, progress, "draw")
     return page
 
 

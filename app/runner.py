@@ -1,9 +1,8 @@
 """Answers and drawings that can be watched while they grow, and stopped: what the page shows, without the page."""
 
-import io
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from PIL import Image
@@ -38,7 +37,8 @@ class Runner:
     One model for several people: it generates for one at a time, in a thread of its own.
 
     An iterator that is closed before its end, as the page does when somebody stops or leaves, ends its generation after the
-    token that is being written.
+    token that is being written. Whatever is asked of a closed runner raises a
+    `ValueError`.
 
     Args:
         model (`HealthGPTForConditionalGeneration`): The model.
@@ -54,11 +54,13 @@ class Runner:
     def close(self) -> None:
         """Ends the running generation after the token that is being written, and those that wait for their turn."""
         self.closed.set()
-        self.thread.shutdown(cancel_futures=True)
+        self.thread.shutdown()
 
-    def answer(self, messages: list[dict], task: str, seed: int | None = None, **options) -> Iterator[str]:
+    def answer(
+        self, messages: list[dict], task: str, seed: int | None = None, **options
+    ) -> Iterator[tuple[str, list[int]]]:
         """
-        Yields the answer to a conversation as it grows; the last one is whole.
+        Yields the answer to a conversation and its ids as it grows; the last one is whole.
 
         Args:
             messages (`list[dict]`): As for `apply_chat_template`.
@@ -71,8 +73,8 @@ class Runner:
         """
         inputs = prepare(self.processor, messages, task).to(self.model.device)
         for sequences in self._watch(inputs, task, seed, options):
-            written = sequences[0, inputs["input_ids"].shape[1] :]
-            yield self.processor.decode(written, skip_special_tokens=True).strip()
+            ids = sequences[0, inputs["input_ids"].shape[1] :].tolist()
+            yield self.processor.decode(ids, skip_special_tokens=True).strip(), ids
 
     def draw(
         self, messages: list[dict], task: str, seed: int | None = None, **options
@@ -101,36 +103,46 @@ class Runner:
                 picture.paste("grey", (0, picture.height * rows // grid, picture.width, picture.height))
                 yield picture, rows
 
-    def explain(self, messages: list[dict], answer: str, task: str) -> list[tuple[Image.Image, str]]:
+    def explain(self, messages: list[dict], ids: list[int], task: str) -> list[tuple[Image.Image, str]]:
         """
-        Figures, with titles, of how the routers weighed the experts and where the words of an answer looked in each picture.
+        Figures, with titles, of how the routers weighed the experts and where the tokens of an answer looked in each picture.
+
+        The model's thread is asked for the numbers alone: others may generate while the figures are drawn.
 
         Args:
             messages (`list[dict]`): The conversation up to the answer, as for `apply_chat_template`.
-            answer (`str`): What was answered.
+            ids (`list[int]`): The answer, as `answer` yields it.
             task (`str`): The task that answered.
 
         Raises:
-            ValueError: if there is no picture in the conversation.
             ModuleNotFoundError: if matplotlib is not installed.
         """
-        from ..explain import attention_over_pictures, trace_routing
-        from ..explain.plots import plot_attention, plot_routing
+        from ..explain import look_inside
+        from ..explain.plots import as_picture, plot_inside
 
-        def trace():
-            inputs = prepare(self.processor, messages, task).to(self.model.device)
-            written = self.processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            sequences = torch.cat([inputs["input_ids"], written.to(self.model.device)], dim=1)
-            with trace_routing(self.model) as routing:
-                attention = attention_over_pictures(self.model, inputs, sequences, task)
-            figures = [plot_routing(routing[task])]
-            for pixels, grids in zip(inputs["pixel_values"], attention, strict=True):
-                figures.append(plot_attention(self.processor, pixels, grids, sequences[0]))
-            return figures
-
-        figures = self.thread.submit(trace).result()  # no other generation may run meanwhile
+        inputs = prepare(self.processor, messages, task).to(self.model.device)
+        written = torch.tensor([ids], device=self.model.device)
+        sequences = torch.cat([inputs["input_ids"], written], dim=1)
+        inside = self._submit(lambda: look_inside(self.model, inputs, sequences, task))
+        routing, attention = inside.result()
+        figures = plot_inside(self.processor, inputs, sequences, routing[task], attention)
         titles = ["Experts", *(f"Picture {number}" for number in range(1, len(figures)))]
         return [(as_picture(figure), title) for figure, title in zip(figures, titles, strict=True)]
+
+    def _submit(self, function: Callable) -> Future:
+        """Has the model's thread call a function in its turn, unless the runner is closed before the function has ended."""
+        ended = ValueError("The server is being ended.")
+
+        def call():
+            result = None if self.closed.is_set() else function()
+            if self.closed.is_set():
+                raise ended
+            return result
+
+        try:
+            return self.thread.submit(call)
+        except RuntimeError as error:  # the thread takes no more
+            raise ended from error
 
     def _watch(self, inputs, task: str, seed: int | None, options: dict) -> Iterator[torch.LongTensor]:
         """Yields the ids (1, length) of prompt and what is written, the newest each time and the whole at last."""
@@ -142,7 +154,7 @@ class Runner:
             sampling = {"do_sample": seed is not None, **options}
             return self.model.generate(**inputs, task=task, stopping_criteria=[watcher], **sampling)
 
-        generation = self.thread.submit(generate)
+        generation = self._submit(generate)
         generation.add_done_callback(lambda _: watcher.news.set())
         try:
             while not generation.done():
@@ -153,10 +165,3 @@ class Runner:
             yield generation.result()
         finally:
             watcher.stopped.set()
-
-
-def as_picture(figure) -> Image.Image:
-    """A matplotlib figure as pixels."""
-    file = io.BytesIO()
-    figure.savefig(file, dpi=150)
-    return Image.open(file)

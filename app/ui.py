@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import tempfile
-from contextlib import closing
+import time
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -25,18 +27,30 @@ def ui(
 
     Example: healthgpt ui -c HealthGPT-M3
     """
+    require_port(host, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, leaving no folder
     with tempfile.TemporaryDirectory(prefix="healthgpt-ui-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when Gradio is imported
         from .page import serve
         from .runner import Runner
 
-        with closing(Runner(*load(checkpoint, device, dtype))) as runner:
-            try:
-                page = serve(runner, host, port, with_examples=checkpoint == NANO)
-            except OSError as error:
-                raise ValueError(
-                    f"Port {port} of {host} is taken or not of this machine: choose others with --port and --host."
-                ) from error
-            typer.echo(f"The page is at {page.local_url} until Ctrl-C.")
-            page.block_thread()
+        runner = Runner(*load(checkpoint, device, dtype))
+        page = serve(runner, host, port, with_examples=checkpoint == NANO)
+        typer.echo(f"The page is at {page.local_url} until Ctrl-C.")
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(1)
+        runner.close()  # first: a server waits for those whom it serves
+        page.close(verbose=False)
+
+
+def require_port(host: str, port: int) -> None:
+    """Refuses an address at which nothing can be served, before a model is loaded for it."""
+    name = host.strip("[]")  # around an IPv6 address
+    try:
+        family = socket.getaddrinfo(name, port)[0][0]
+        socket.create_server((name, port), family=family).close()
+    except OSError as error:
+        raise ValueError(
+            f"Port {port} of {host} is taken, not permitted or not of this machine: choose others with --port and --host."
+        ) from error

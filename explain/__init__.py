@@ -6,6 +6,7 @@ not, any task. Neither tells why a model said what it said: attention shows what
 """
 
 from .attention import attention_over_pictures
+from .inside import look_inside
 from .routing import trace_routing
 
-__all__ = ["attention_over_pictures", "trace_routing"]
+__all__ = ["attention_over_pictures", "look_inside", "trace_routing"]

@@ -2,8 +2,9 @@
 
 import torch
 
+from .rerun import rerun
 
-@torch.no_grad()
+
 def attention_over_pictures(
     model,
     inputs,
@@ -38,10 +39,6 @@ def attention_over_pictures(
     prompt_length = input_ids.shape[1]
     if inputs.get("pixel_values") is None:
         raise ValueError("There is no picture whose attention could be looked at: the inputs have no pixel_values.")
-    if not torch.equal(sequences[:, :prompt_length], input_ids):
-        raise ValueError(
-            "The sequences do not start with the prompts of the inputs: give what generate returned, whole."
-        )
     language_model = model.model.language_model
     layers = language_model.layers if layer is None else [language_model.layers[layer]]
     rows, columns = (input_ids == model.config.image_token_id).nonzero(as_tuple=True)
@@ -52,20 +49,11 @@ def attention_over_pictures(
         weights = outputs[1][:, :, prompt_length - 1 :].float().mean(dim=1)
         total = total + weights[rows.to(weights.device), :, columns.to(weights.device)].to(sequences.device)
 
-    new_tokens = sequences.shape[1] - 1 - prompt_length
-    attention_mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new_tokens), value=1)
     implementation = language_model.config._attn_implementation
     hooks = [block.self_attn.register_forward_hook(add) for block in layers]
     language_model.set_attn_implementation("eager")
     try:
-        model(
-            input_ids=sequences[:, :-1],
-            pixel_values=inputs["pixel_values"],
-            attention_mask=attention_mask,
-            task=task,
-            use_cache=False,
-            logits_to_keep=1,
-        )
+        rerun(model, inputs, sequences, task)
     finally:
         language_model.set_attn_implementation(implementation)
         for hook in hooks:

@@ -1,5 +1,6 @@
 """Figures of what `trace_routing` and `attention_over_pictures` give. Needs matplotlib (`pip install healthgpt[plot]`)."""
 
+import io
 from collections import defaultdict
 
 import torch
@@ -7,13 +8,49 @@ from matplotlib import colormaps
 from matplotlib.colors import ListedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image
 
-COLUMNS = 6  # panels of attention side by side
+ROWS, COLUMNS = 8, 6  # panels of attention at most
+MAX_TOKENS = ROWS * COLUMNS - 1  # beside the picture
 
 # The brighter part of inferno; what gets no attention stays transparent.
 HEAT = ListedColormap(
     [(*colormaps["inferno"](0.4 + 0.6 * share)[:3], 0.9 * share**0.5) for share in torch.linspace(0, 1, 256).tolist()]
 )
+
+
+def plot_inside(
+    processor,
+    inputs,
+    sequences: torch.LongTensor,
+    routing: dict[str, torch.FloatTensor],
+    attention: torch.FloatTensor | None,
+) -> list[Figure]:
+    """
+    Draws what `look_inside` gives of one conversation.
+
+    Args:
+        processor (`HealthGPTProcessor`): The checkpoint's.
+        inputs (`BatchFeature`): What `generate` was given.
+        sequences (`torch.LongTensor` of shape `(1, length)`): What it returned.
+        routing (`dict[str, torch.FloatTensor]`): The weights of the conversation's task.
+        attention (`torch.FloatTensor` of shape `(num_images, new tokens, grid, grid)`, *optional*): `None` without pictures.
+
+    Returns:
+        `list[Figure]`: As [`plot_routing`], and as [`plot_attention`] for each picture.
+    """
+    figures = [plot_routing(routing)]
+    if attention is not None:
+        for pixels, grids in zip(inputs["pixel_values"], attention, strict=True):
+            figures.append(plot_attention(processor, pixels, grids, sequences[0]))
+    return figures
+
+
+def as_picture(figure: Figure) -> Image.Image:
+    """A figure as pixels, 150 of them to an inch."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=150)
+    return Image.open(file)
 
 
 def plot_routing(weights: dict[str, torch.FloatTensor]) -> Figure:
@@ -57,6 +94,8 @@ def plot_attention(
     Draws one picture as the vision tower sees it, and then in grey with the attention over its patches for each token.
 
     All panels have one scale. A panel's title is the token and, below, the share of its attention that went to this picture.
+    Of a long answer the first 47 tokens are drawn, which the figure's title says: give parts of `attention` and `sequence`
+    to see others.
 
     Args:
         processor (`HealthGPTProcessor`): The checkpoint's.
@@ -72,17 +111,20 @@ def plot_attention(
         for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
     )
     picture = (pixel_values.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    attention = attention.float().cpu().numpy()
-    norm = Normalize(0, attention.max())
-    rows = -(-(len(attention) + 1) // COLUMNS)
-    columns = min(len(attention) + 1, COLUMNS)
+    tokens = sequence[-len(attention) :].tolist()[:MAX_TOKENS]
+    grids = attention[:MAX_TOKENS].float().cpu().numpy()
+    norm = Normalize(0, grids.max())
+    rows = -(-(len(tokens) + 1) // COLUMNS)
+    columns = min(len(tokens) + 1, COLUMNS)
     figure = Figure(figsize=(1.2 + 1.6 * columns, 0.3 + 2 * rows), layout="constrained")
+    if len(attention) > len(tokens):
+        figure.suptitle(f"tokens 1 to {len(tokens)} of {len(attention)}")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in panels:
         panel.axis("off")
     panels[0].imshow(picture)
     panels[0].set_title("picture", fontsize=9, style="italic")
-    for panel, grid, token in zip(panels[1:], attention, sequence[-len(attention) :].tolist(), strict=False):
+    for panel, grid, token in zip(panels[1:], grids, tokens, strict=False):
         panel.imshow(picture.mean(axis=-1), cmap="gray", vmin=0, vmax=1, extent=(0, 1, 0, 1))
         heat = panel.imshow(grid, norm=norm, cmap=HEAT, extent=(0, 1, 0, 1))
         text = processor.decode([token])

@@ -86,25 +86,6 @@ def test_export_info_ask_and_draw(healthgpt, tmp_path, checkpoints):
         assert max(abs(a - b) for a, b in zip(drawn.tobytes(), published.tobytes(), strict=True)) <= 1
 
 
-@pytest.mark.parametrize("index, figures", [(3, ["attention_0.png", "attention_1.png"]), (2, [])])
-def test_explain_draws_the_routers_and_every_picture(
-    index, figures, folder, checkpoints, tmp_path, monkeypatch, capsys
-):
-    case, output = checkpoints("m3").cases[index], tmp_path / "a/b"
-    pictures = [GOLDEN / f"images/{name}.png" for name in case["image"] or []]
-    arguments = ["explain", "-c", folder, *pictures, case["question"], "-o", output]
-    monkeypatch.setattr(sys, "argv", ["healthgpt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 0
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    answer = processor.decode(case["generated_ids"], skip_special_tokens=True).strip()
-    figures = [output / name for name in ["routing.png", *figures]]
-    assert capsys.readouterr().out == "\n".join([answer, *map(str, figures)]) + "\n"
-    assert sorted(output.iterdir()) == sorted(figures)
-    assert all(Image.open(figure).width > 100 for figure in figures)
-
-
 @pytest.fixture
 def fails(monkeypatch, capsys):
     """The error of a command that ends with one, without the packages of some names."""
@@ -198,7 +179,6 @@ def test_plugins_are_listed_taken_out_and_put_in(healthgpt, folder, tmp_path):
         (["ask", "-c", "DAMAGED", "What?"], "The weights of .* are damaged"),
         (["draw", "-c", "FOLDER", "Draw.", "-o", "picture.psd"], "no ending of a picture format"),
         (["draw", "-c", "FOLDER", "Draw.", "-o", "FOLDER"], "no ending of a picture format"),
-        (["explain", "-c", "FOLDER", "What?", "-o", GOLDEN / "m3/cases.json"], "is a file: name a folder"),
         (["draw", "-c", "FOLDER", "Draw.", "-o", "NAMED"], "is a folder: name the picture in it"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import inputs_of
 
-from healthgpt.explain.plots import plot_attention, plot_routing
+from healthgpt.explain.plots import MAX_TOKENS, as_picture, plot_attention, plot_routing
 
 
 def images_of(figure):
@@ -57,3 +57,21 @@ def test_attention_is_drawn_over_what_the_tower_sees(num_tokens, m3, tmp_path):
     # a token such as $$ is no formula
     assert not any(axes.title.get_parse_math() for axes in figure.axes[1 : num_tokens + 1])
     figure.savefig(tmp_path / "attention.png")
+
+
+def test_of_a_long_answer_the_first_tokens_are_drawn(m3):
+    checkpoint, _, processor = m3
+    [pixels] = inputs_of(processor, checkpoint.cases[0])["pixel_values"]
+    attention = torch.rand(1024, 4, 4) / 16
+    sequence = torch.arange(100, 100 + 1024) % 400
+    figure = plot_attention(processor, pixels, attention, torch.cat([torch.tensor([7, 8]), sequence]))
+    assert figure.get_suptitle() == "tokens 1 to 47 of 1024"
+    [_], *panels = images_of(figure)
+    assert len(panels) == MAX_TOKENS
+    for (_, heat), expected in zip(panels, attention, strict=False):
+        np.testing.assert_array_equal(heat, expected.numpy())
+    last = processor.decode([sequence[46]]).strip()
+    assert figure.axes[MAX_TOKENS].get_title() == f"{last}\n{attention[46].sum():.0%}"
+    picture = as_picture(figure)
+    assert picture.width * picture.height < 5_000_000
+    assert plot_attention(processor, pixels, attention[1000:], sequence).get_suptitle() == ""

@@ -12,7 +12,7 @@ from conftest import cases_of, continuation, inputs_of, pictures_of
 from published import IMAGE, Published
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from healthgpt.explain import attention_over_pictures, trace_routing
+from healthgpt.explain import attention_over_pictures, look_inside, trace_routing
 
 Run = namedtuple("Run", "checkpoint model cases tasks inputs sequences routing restated")
 ROWS = {
@@ -127,6 +127,21 @@ def test_attention_is_that_of_the_steps_of_generate(load, checkpoints):
     assert model.model.language_model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("name", ["comprehension/two_pictures", "comprehension/2"])
+def test_both_at_once_are_those_of_generate(name, m3):
+    checkpoint, model, processor = m3
+    inputs = inputs_of(processor, cases_of(checkpoint, name)[0])
+    with trace_routing(model) as expected:
+        sequences = model.generate(**inputs, max_new_tokens=12)
+    routing, attention = look_inside(model, inputs, sequences)
+    assert routing.keys() == expected.keys()
+    torch.testing.assert_close(routing["comprehension"], expected["comprehension"], atol=1e-5, rtol=0)
+    if "pixel_values" in inputs:
+        assert torch.equal(attention, attention_over_pictures(model, inputs, sequences))
+    else:
+        assert attention is None
+
+
 def test_nothing_stays_behind(m3):
     checkpoint, model, processor = m3
     inputs = inputs_of(processor, cases_of(checkpoint, "comprehension/0")[0])
@@ -167,3 +182,8 @@ def test_inputs_that_do_not_fit_are_refused(m3):
         attention_over_pictures(model, without, without["input_ids"])
     with pytest.raises(ValueError, match="give what generate returned, whole"):
         attention_over_pictures(model, with_picture, with_picture["input_ids"][:, 3:])
+    for inputs in (with_picture, without):
+        with pytest.raises(
+            ValueError, match="The answer is empty: the sequences end where the prompts of the inputs do"
+        ):
+            look_inside(model, inputs, inputs["input_ids"])

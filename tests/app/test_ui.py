@@ -5,12 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from urllib.request import urlopen
 
 import pytest
 from conftest import full_disk
 from gradio_client import Client
+from gradio_client.utils import Status
 
 from healthgpt.app.cli import main
 
@@ -76,8 +78,11 @@ def test_ctrl_c_ends_a_drawing_and_those_that_wait(tmp_path):
     with served(tmp_path, SLOWLY) as (process, address):
         clients = [Client(address, download_files=False, verbose=False) for _ in range(2)]
         settings = [{"text": "Draw a chest X-ray.", "files": []}, "generation", "", False, 1, 1, 0]
-        drawing, waiting = (client.submit(*settings, api_name="/draw") for client in clients)
+        drawing = clients[0].submit(*settings, api_name="/draw")
         next(drawing)  # a row
+        waiting = clients[1].submit(*settings, api_name="/draw")
+        while waiting.status().code in (Status.STARTING, Status.JOINING_QUEUE):
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in errors, list(tmp_path.iterdir())) == (0, False, []), output + errors

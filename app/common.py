@@ -42,7 +42,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; b
 Frame = Annotated[
     int | None,
     typer.Option(
-        help="Frame, slice or page of a file of several, from 0; by default the middle one of DICOM and NIfTI."
+        help="Frame, slice or page of a file of several, from 0; by default the middle one, of pages the first."
     ),
 ]
 AnswerTask = Annotated[str, typer.Option("--task", help="A task of the checkpoint that answers in words.")]

@@ -9,7 +9,7 @@ import typer
 from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, require_kind, working
 
 evaluation = typer.Typer(
-    help="Score answers on benchmarks and drawn pictures against true ones.", no_args_is_help=True
+    help="Scores answers on benchmarks and drawn pictures against true ones.", no_args_is_help=True
 )
 
 Output = Annotated[

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .common import AsJson, count_parameters, on_terminal, print_json, print_result, working
 
-plugins = typer.Typer(help="List the plugins of a checkpoint, take one out, put one in.", no_args_is_help=True)
+plugins = typer.Typer(help="Lists the plugins of a checkpoint, takes one out, puts one in.", no_args_is_help=True)
 
 Public = Annotated[bool, typer.Option("--public", help="Make a new repository public; by default private.")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request on the repository.")]
@@ -138,7 +138,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """
-    Uploads an exported checkpoint to the Hub, as export --push-to-hub does: after a plugin was added, say.
+    Uploads an exported checkpoint to the Hub, as export --push-to-hub does, for example after a plugin was added.
 
     Example: healthgpt push HealthGPT-M3 user/HealthGPT-M3
     """

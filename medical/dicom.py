@@ -115,7 +115,7 @@ class DicomFile:
         """What could be installed for the file's compression; refuses one that nothing installed reads."""
         try:
             decoder = get_decoder(self.syntax)
-        except NotImplementedError:
+        except NotImplementedError:  # pydicom's answer to a compression that it does not know
             raise ValueError(
                 f"{str(self.path)!r} is compressed as {self.syntax.name}, which pydicom does not read."
             ) from None

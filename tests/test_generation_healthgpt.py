@@ -250,7 +250,7 @@ def test_repetition_penalty_lowers_what_was_said(m3):
 
 @pytest.mark.skipif(
     TRANSFORMERS_VERSION >= (5, 18),
-    reason="from 5.18 on transformers does what this refusal is about; `test_repetition_penalty...` shows that it works",
+    reason="from 5.18 on transformers does what this refusal is about: make test-lowest runs it on an older one",
 )
 def test_old_transformers_refuse_what_they_cannot_do(m3):
     checkpoint, model, processor = m3

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class AnswerTable:
         self.path, self.settings = path, settings
         self.is_csv = path.suffix.lower() == ".csv"
         try:
-            is_new = not path.exists()
+            is_new = not os.path.lexists(path)
             with open(path, "ab+") as file:  # what cannot be written is refused before anything is answered
                 file.seek(0)
                 rows, nbytes = self._parse(file.read())

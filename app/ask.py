@@ -48,7 +48,7 @@ def ask(
 
     One answer is printed as it is written, those about a folder go into a table, in the order of the files' names.
 
-    Folders below are searched too. Files that cannot be read as pictures are left out, and it is said why.
+    Folders below are searched too. What cannot be read as a picture is left out, and it is said why.
 
     The same command goes on where it was stopped; batches change no answer in float32.
 
@@ -88,6 +88,8 @@ def ask(
         left_out = ask_folder(model, processor, folders[0], table, frame, batch_size, options)
         for name, reason in left_out.items():
             typer.echo(f"Left out {name}: {reason}", err=True)
+        if not table.done:
+            raise ValueError(f"{folders[0]} has no picture that can be asked about.")
         content = {"output": str(output), "rows": len(table.done), "left_out": left_out}
         print_result(as_json, f"{output} ({len(table.done)} answers)", content)
         return
@@ -118,30 +120,51 @@ def ask_folder(
     from ..medical import open_picture
     from ..processing_healthgpt import load_picture
 
-    question, left_out = table.settings["question"], {}
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.resolve() != table.path.resolve())
-    names = {path.relative_to(folder).as_posix(): path for path in files}
-    waiting = [name for name in names if name not in table.done]
+    question = table.settings["question"]
+    files, left_out = find_files(folder)
+    files = {name: path for name, path in files.items() if path.resolve() != table.path.resolve()}
+    waiting = [name for name in files if name not in table.done]
 
     def pictures():
         for name in waiting:
             try:
                 require_utf8(name)
-                picture = load_picture(open_picture(names[name], frame), processor.image_size)
+                picture = load_picture(open_picture(files[name], frame), processor.image_size)
             except ValueError as error:
-                left_out[os.fsencode(name).decode(errors="backslashreplace")] = str(error)
+                left_out[printable(name)] = str(error)
                 progress.advance(bar)
             else:
                 yield name, picture
 
     with bars() as progress:
-        bar = progress.add_task("Answering", total=len(names), completed=len(names) - len(waiting))
+        bar = progress.add_task("Answering", total=len(files), completed=len(files) - len(waiting))
         readable = pictures()
         while batch := dict(itertools.islice(readable, batch_size)):
             questions = [([picture], question) for picture in batch.values()]
             answers = answer_batch(model, processor, questions, **options)
             table.add(dict(zip(batch, answers, strict=True)))
             progress.advance(bar, len(batch))
-    if not table.done:
-        raise ValueError(f"{folder} has no picture that can be read.")
     return left_out
+
+
+def find_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Files of a folder and those below, by their names from there on; and folders that are left out, and why."""
+    files, left_out = {}, {}
+
+    def leave_out(path: str, reason: str) -> None:
+        left_out[printable(os.path.relpath(path, folder))] = reason
+
+    def unreadable(error: OSError) -> None:
+        leave_out(error.filename, f"The folder cannot be read: {error.strerror}.")
+
+    for place, below, names in os.walk(folder, onerror=unreadable):
+        files |= {(Path(place) / name).relative_to(folder).as_posix(): Path(place) / name for name in names}
+        for name in below:
+            if os.path.islink(os.path.join(place, name)):
+                leave_out(os.path.join(place, name), "It is a link to a folder.")
+    return dict(sorted(files.items())), left_out
+
+
+def printable(name: str) -> str:
+    """The name of a file in UTF-8, with escapes for what is none."""
+    return os.fsencode(name).decode(errors="backslashreplace")

@@ -1,5 +1,6 @@
 """The command line: thin commands over the functions that a Python user calls."""
 
+import logging
 import os
 import re
 import sys
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from .ask import ask
 from .bench import bench
-from .common import AsJson, count_parameters, missing, print_json, require_checkpoint, working
+from .common import TOO_LITTLE_MEMORY, AsJson, count_parameters, missing, print_json, require_checkpoint, working
 from .draw import draw
 from .evaluate import evaluation
 from .explain import explain
@@ -100,10 +101,18 @@ def info(
 def main() -> None:
     """Entry point: errors that a user can act on are one sentence, not a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every step that it multiplies in 8 bits
     try:
         app()
     except ModuleNotFoundError as error:
         typer.echo(f"Error: this {missing(error)}", err=True)
+        sys.exit(1)
+    except RuntimeError as error:
+        from torch import OutOfMemoryError
+
+        if not isinstance(error, OutOfMemoryError):
+            raise
+        typer.echo(f"Error: {TOO_LITTLE_MEMORY}", err=True)
         sys.exit(1)
     except (ValueError, OSError) as error:
         sentence = re.sub(r"\s*\n\s*", " ", str(error))  # transformers' errors have several lines

@@ -25,6 +25,10 @@ EXTRA_OF = {"accelerate": "train", "datasets": "train", "tensorboard": "train", 
 EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval", "pydicom": "dicom", "nibabel": "dicom"}
 EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui", "bitsandbytes": "quantization", "torchao": "torchao"}
 
+TOO_LITTLE_MEMORY = (
+    "The device has too little memory for this: give fewer pictures, a smaller batch, or load a quantised checkpoint."
+)
+
 # The small model that comes with the package.
 NANO = str(Path(__file__).parent.parent / "nano")
 
@@ -52,7 +56,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def load(checkpoint: str, device: str | None, dtype: str | None):
     """Model and processor of a checkpoint, as a Python user loads them."""
-    config = require_checkpoint(checkpoint)
+    with working("Reading the checkpoint"):
+        config = require_checkpoint(checkpoint)
     method = config.get("quantization_config", {}).get("quant_method")
     lacking = [
         name for name in (method, "accelerate") if method in EXTRA_OF and importlib.util.find_spec(name) is None

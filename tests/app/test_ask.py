@@ -9,19 +9,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pydicom
 import pytest
 import torch
-from conftest import GOLDEN, full_disk
+from conftest import GOLDEN, full_disk, sources_of
 from pydicom.data import get_testdata_file
 from transformers import AutoConfig, AutoProcessor
 from typer.testing import CliRunner
 
 from healthgpt.app.answers import AnswerTable
+from healthgpt.app.ask import find_files
 from healthgpt.app.cli import app
 from healthgpt.app.streamers import AnswerStreamer
+from healthgpt.hub_export import export
+from healthgpt.medical import open_picture
 
 QUESTION = 'Which "modality",\nplease?'
 SETTINGS = {"question": QUESTION, "task": "comprehension", "checkpoint": "x", "folder": "pictures"}
@@ -251,6 +256,12 @@ def test_files_that_are_no_table_are_left_as_they_are(name, content, end, tmp_pa
     assert path.read_text() == content + end
 
 
+def test_a_link_to_a_table_that_is_to_come_stays_a_link(tmp_path):
+    (tmp_path / "answers.csv").symlink_to(tmp_path / "table.csv")
+    AnswerTable(tmp_path / "answers.csv", SETTINGS).add({"ct.png": "yes"})
+    assert (tmp_path / "answers.csv").is_symlink() and AnswerTable(tmp_path / "table.csv", SETTINGS).done == {"ct.png"}
+
+
 @pytest.mark.parametrize(
     "damage", [(b'"yes"', b'"y"es"'), (b'"yes"', b'"yes'), (b'"yes"', b'"yes","no"'), (b"yes", b"\xff")]
 )
@@ -328,6 +339,13 @@ def test_answers_are_greedy_whatever_the_checkpoint_says(folder, tmp_path):
     assert ask(*arguments, "-c", tmp_path / "sampling").stdout == ask(*arguments, "-c", folder).stdout
 
 
+def test_a_quantised_checkpoint_answers_and_says_nothing_else(healthgpt, tmp_path):
+    export(sources_of(GOLDEN / "m3"), tmp_path / "tiny", quantize="8bit", skip_forward=True)
+    arguments = ("ask", "-c", tmp_path / "tiny", GOLDEN / "images/ct.png", "What is this?", "--max-new-tokens", 2)
+    result = healthgpt(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_mistakes_with_folders(folder, pictures, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -335,7 +353,7 @@ def test_mistakes_with_folders(folder, pictures, tmp_path):
         ([pictures, "What?"], "is a folder: name a file for the answers, -o answers.csv"),
         ([pictures, pictures / "ct.png", "What?", "-o", tmp_path / "a.csv"], "A folder is asked about alone"),
         ([pictures / "ct.png", "What?", "-o", tmp_path / "a.csv"], "--output is for the answers about a folder"),
-        ([empty, "What?", "-o", tmp_path / "a.csv"], "has no picture that can be read"),
+        ([empty, "What?", "-o", tmp_path / "a.csv"], "has no picture that can be asked about"),
         (
             [tmp_path / "studdy", "What?", "-o", tmp_path / "a.csv"],
             "There is no picture file '.*studdy', and no folder",
@@ -344,6 +362,34 @@ def test_mistakes_with_folders(folder, pictures, tmp_path):
     ):
         result = ask(*arguments, "-c", folder)
         assert re.search(message, str(result.exception)) and not (tmp_path / "a.csv").exists()
+
+
+def test_why_a_folder_has_nothing_to_ask_about_is_said(folder, tmp_path):
+    shutil.copy(GOLDEN / "images/ct.png", tmp_path)
+    result = ask(tmp_path, "What?", "--frame", 5, "-o", tmp_path / "a.csv", "-c", folder)
+    assert result.stderr == f"Left out ct.png: {tmp_path}/ct.png has no frame 5: it has 1, numbered from 0 to 0.\n"
+    assert str(result.exception) == f"{tmp_path} has no picture that can be asked about."
+
+
+def test_folders_that_cannot_be_searched_are_left_out_and_named():
+    with tempfile.TemporaryDirectory() as name:  # not below tmp_path, where nobody else may look
+        study = Path(name)
+        study.chmod(0o755)
+        for part, mode in (("a", 0o755), ("b", 0o000), ("c", 0o444)):
+            (study / part).mkdir()
+            shutil.copy(GOLDEN / "images/ct.png", study / part)
+            (study / part).chmod(mode)
+        (study / "d").symlink_to(study / "a")
+        user = os.geteuid()
+        os.seteuid(65534 if user == 0 else user)  # root may read everything
+        try:
+            files, left_out = find_files(study)
+            with pytest.raises(ValueError, match=r"c/ct\.png' cannot be read: Permission denied\.$"):
+                open_picture(files["c/ct.png"])
+        finally:
+            os.seteuid(user)
+    assert list(files) == ["a/ct.png", "c/ct.png"]
+    assert left_out == {"b": "The folder cannot be read: Permission denied.", "d": "It is a link to a folder."}
 
 
 def test_no_name_of_a_patient_is_said(folder, tmp_path):

@@ -13,6 +13,8 @@ import termios
 from importlib.metadata import version
 
 import pytest
+import torch
+import transformers
 import typer
 from conftest import GOLDEN
 from PIL import Image
@@ -130,6 +132,18 @@ def test_a_quantised_checkpoint_names_the_packages_that_it_lacks(packages, fails
 def test_what_no_extra_brings_is_a_defect_and_raised():
     with pytest.raises(ModuleNotFoundError, match="No module named 'nowhere'"):
         missing(ModuleNotFoundError("No module named 'nowhere'", name="nowhere"))
+
+
+def test_too_little_memory_is_one_sentence_and_other_defects_are_raised(fails, monkeypatch):
+    def generate(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert fails("ask", "What?").split("\n")[-2].startswith("Error: The device has too little memory for this: ")
+    error = RuntimeError("a defect")
+    with pytest.raises(RuntimeError, match=r"^a defect$"):
+        main()
 
 
 def test_plugins_are_listed_taken_out_and_put_in(healthgpt, folder, tmp_path):
@@ -286,4 +300,4 @@ def test_a_terminal_shows_bars_and_ctrl_c_while_drawing_leaves_nothing(tmp_path)
             shown += os.read(ours, 2**16)
     os.close(ours)
     assert (process.returncode, output) == (130, "") and not list(tmp_path.iterdir())
-    assert b"Traceback" not in shown and re.search(rb"Loading weights: +100%", shown), shown
+    assert b"Starting" in shown and b"Traceback" not in shown and re.search(rb"Loading weights: +100%", shown), shown

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
+import torch
 from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
@@ -14,7 +15,7 @@ from ..medical import open_picture
 from ..phantoms.demo import ASKED
 from ..phantoms.samples import INSTRUCTIONS, comprehension_sample, drawing_sample
 from ..processing_healthgpt import load_picture
-from .common import missing
+from .common import TOO_LITTLE_MEMORY, missing
 from .runner import Runner
 
 HEADER = """
@@ -50,6 +51,8 @@ def one_sentence():
         raise gr.Error(str(error), print_exception=False) from error
     except ModuleNotFoundError as error:  # of the medical files
         raise gr.Error(f"This {missing(error)}", print_exception=False) from error
+    except torch.OutOfMemoryError as error:
+        raise gr.Error(TOO_LITTLE_MEMORY, print_exception=False) from error
 
 
 def sampling(sample: bool, temperature: float, top_p: float, seed: int | None) -> dict:
@@ -120,7 +123,7 @@ class Handlers:
     def explain(self, history: list[dict], answered: tuple[str, list[int]] | None) -> list[tuple[Image.Image, str]]:
         """Figures of what the last answer rests on."""
         with one_sentence():
-            if answered is None:
+            if not history or answered is None:  # a token of an answer may come after its chat was cleared
                 raise ValueError("There is no answer to look inside yet: ask a question first.")
             task, ids = answered
             return self.runner.explain([self.message(shown) for shown in history[:-1]], ids, task)
@@ -132,8 +135,12 @@ class Handlers:
             given = [self.read(path, number) for path in prompt["files"]]
             content = [{"type": "image", "image": picture} for picture in given]
             messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt["text"]}]}]
-            total = self.runner.model.config.vqgan_config.grid_size
+            total, shown = self.runner.model.config.vqgan_config.grid_size, 0
             for picture, rows in self.runner.draw(messages, task, **sampling(*controls)):
+                if rows == shown:
+                    yield (gr.skip(),) * 4
+                    continue
+                shown = rows
                 before = given[0].resize(picture.size, Image.Resampling.LANCZOS) if given else picture
                 yield (
                     gr.update(value=(before, picture), visible=bool(given)),
@@ -193,8 +200,13 @@ def sampling_controls() -> list:
     return [sample, temperature, top_p, seed]
 
 
-def generate_on_submit(prompt, function, inputs: list, outputs: list, progress, name: str, resting=()) -> None:
-    """Runs `function` when the prompt is sent; meanwhile its button stops the run, and the `resting` buttons do nothing."""
+def generate_on_submit(
+    prompt, function, inputs: list, outputs: list, progress, name: str, resting=(), stops=()
+) -> None:
+    """
+    Runs `function` when the prompt is sent; meanwhile its button and the events `stops` end the run, and the `resting` buttons
+    do nothing.
+    """
 
     def show(running: bool) -> dict:
         prompt_shows = gr.update(submit_btn=not running, stop_btn=running)
@@ -203,7 +215,7 @@ def generate_on_submit(prompt, function, inputs: list, outputs: list, progress, 
     buttons = [prompt, *resting]
     busy = prompt.submit(lambda: show(running=True), None, buttons, **CONTROL)
     run = busy.then(function, [prompt, *inputs], outputs, api_name=name, show_progress_on=progress, **GENERATION)
-    stop = prompt.stop(None, cancels=run, **CONTROL)
+    stop = gr.on([prompt.stop, *stops], None, cancels=run, **CONTROL)
     for end in (run.then, run.failure, stop.then):
         end(lambda: show(running=False), None, buttons, **CONTROL)
 
@@ -247,7 +259,9 @@ def build(runner: Runner, with_examples: bool) -> gr.Blocks:
                 chatbot.clear(lambda: (None, None), None, [answered, figures], **CONTROL)
                 settings = [chatbot, task, length, frame, *controls]
                 shown = [prompt, chatbot, answered, figures]
-                generate_on_submit(prompt, handlers.chat, settings, shown, progress, "chat", resting=[explain])
+                generate_on_submit(
+                    prompt, handlers.chat, settings, shown, progress, "chat", resting=[explain], stops=[chatbot.clear]
+                )
             if "image" in kinds:
                 with gr.Tab("Draw"), gr.Row():
                     with gr.Column(scale=3):

@@ -37,8 +37,7 @@ class Runner:
     One model for several people: it generates for one at a time, in a thread of its own.
 
     An iterator that is closed before its end, as the page does when somebody stops or leaves, ends its generation after the
-    token that is being written. Whatever is asked of a closed runner raises a
-    `ValueError`.
+    token that is being written. Whatever is asked of a closed runner raises a `ValueError`.
 
     Args:
         model (`HealthGPTForConditionalGeneration`): The model.
@@ -69,7 +68,7 @@ class Runner:
             options: Of `generate`: `max_new_tokens`, `temperature`, ...
 
         Raises:
-            ValueError: if `apply_chat_template` or `generate` refuse the conversation.
+            ValueError: if `apply_chat_template` or `generate` refuse the conversation, or the runner is closed.
         """
         inputs = prepare(self.processor, messages, task).to(self.model.device)
         for sequences in self._watch(inputs, task, seed, options):
@@ -78,9 +77,11 @@ class Runner:
 
     def draw(
         self, messages: list[dict], task: str, seed: int | None = None, **options
-    ) -> Iterator[tuple[Image.Image, int]]:
+    ) -> Iterator[tuple[Image.Image | None, int]]:
         """
-        Yields the picture and how many rows of codes it has, whenever there are more; missing rows are grey.
+        Yields the picture so far and how many whole rows of codes it has, after every token: a reader can stop at any of them.
+
+        Missing rows are grey; there is no picture before the first row.
 
         Args:
             messages, seed, options: As for `answer`.
@@ -91,7 +92,7 @@ class Runner:
         """
         inputs = prepare(self.processor, messages, task).to(self.model.device)
         grid = self.model.config.vqgan_config.grid_size
-        rows = 0
+        picture, rows = None, 0
         for sequences in self._watch(inputs, task, seed, options):
             written = sequences.shape[1] - inputs["input_ids"].shape[1]
             if written // grid > rows:
@@ -101,7 +102,7 @@ class Runner:
                 pixels = self.model.decode_image_tokens(torch.cat([sequences, padding], dim=1))
                 [picture] = self.processor.post_process_multimodal_output(pixels, generation_mode="image")
                 picture.paste("grey", (0, picture.height * rows // grid, picture.width, picture.height))
-                yield picture, rows
+            yield picture, rows
 
     def explain(self, messages: list[dict], ids: list[int], task: str) -> list[tuple[Image.Image, str]]:
         """
@@ -116,6 +117,7 @@ class Runner:
 
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
+            ValueError: as `answer`.
         """
         from ..explain import look_inside
         from ..explain.plots import as_picture, plot_inside

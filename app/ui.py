@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .common import NANO, Checkpoint, Device, Dtype, load
+from .common import NANO, Checkpoint, Device, Dtype, load, working
 
 
 def ui(
@@ -27,15 +27,17 @@ def ui(
 
     Example: healthgpt ui -c HealthGPT-M3
     """
+    host = host.strip("[]")  # around an IPv6 address
     require_port(host, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, leaving no folder
     with tempfile.TemporaryDirectory(prefix="healthgpt-ui-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when Gradio is imported
-        from .page import serve
-        from .runner import Runner
+        with working("Starting"):
+            from .page import serve
+            from .runner import Runner
 
         runner = Runner(*load(checkpoint, device, dtype))
-        page = serve(runner, host, port, with_examples=checkpoint == NANO)
+        page = serve(runner, f"[{host}]" if ":" in host else host, port, with_examples=checkpoint == NANO)
         typer.echo(f"The page is at {page.local_url} until Ctrl-C.")
         with suppress(KeyboardInterrupt):
             while True:
@@ -46,10 +48,9 @@ def ui(
 
 def require_port(host: str, port: int) -> None:
     """Refuses an address at which nothing can be served, before a model is loaded for it."""
-    name = host.strip("[]")  # around an IPv6 address
     try:
-        family = socket.getaddrinfo(name, port)[0][0]
-        socket.create_server((name, port), family=family).close()
+        family = socket.getaddrinfo(host, port)[0][0]
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise ValueError(
             f"Port {port} of {host} is taken, not permitted or not of this machine: choose others with --port and --host."

@@ -4,6 +4,7 @@ import shutil
 
 import gradio as gr
 import pytest
+import torch
 from conftest import GOLDEN
 from PIL import Image
 from pydicom.data import get_testdata_file
@@ -90,8 +91,8 @@ def test_the_frame_that_is_asked_for_is_read(frame, number, handlers):
     with Image.open(shown[0]["content"][0]["file"]["path"]) as picture:
         assert picture.tobytes() == expected.tobytes()
     prompt = {"text": "Turn this CT into an MRI.", "files": [VOLUME]}
-    (slider, *_), *_ = handlers.draw(prompt, "generation", frame, *GREEDY)
-    given, drawn = slider["value"]
+    sliders = (slider for slider, *_ in handlers.draw(prompt, "generation", frame, *GREEDY))
+    given, drawn = next(slider["value"] for slider in sliders if "value" in slider)
     assert given.tobytes() == expected.resize(drawn.size, Image.Resampling.LANCZOS).tobytes()
 
 
@@ -110,6 +111,16 @@ def test_a_frame_that_is_not_there_is_refused(frame, sentence, handlers):
         lambda: list(handlers.draw(prompt, "generation", frame, *GREEDY)),
     ):
         assert refusal(ask) == sentence
+
+
+def test_too_little_memory_is_one_sentence(handlers, monkeypatch):
+    def generate(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(handlers.runner.model, "generate", generate)
+    assert refusal(lambda: chat(handlers, "What is this?", CT)).startswith(
+        "The device has too little memory for this: "
+    )
 
 
 def test_an_ended_server_says_so(handlers):

@@ -64,8 +64,11 @@ def test_answers_and_drawings_grow_into_those_that_are_published(runner, checkpo
         for answer, ids in grown:
             assert ids == case["generated_ids"][: len(ids)]
             assert answer == runner.processor.decode(ids, skip_special_tokens=True).strip()
-    rows = draw(runner)
-    assert rows == sorted(set(rows)) and rows[-1] == 8
+    drawn = list(runner.draw(INSTRUCTION, "generation"))
+    rows = [rows for _, rows in drawn]
+    assert (
+        rows == sorted(rows) and rows[-1] == 8 and {picture is None for picture, rows in drawn if rows == 0} <= {True}
+    )
 
 
 def test_what_is_looked_into_is_what_was_written(runner, checkpoints, monkeypatch):

@@ -12,6 +12,9 @@ from PIL import Image
 
 from .greys import to_greys, value_range
 
+# What reading raises for a header or values that are damaged.
+UNREADABLE = (EOFError, MemoryError, OSError, OverflowError, ValueError, zlib.error)
+
 
 class NiftiFile:
     """
@@ -41,7 +44,7 @@ class NiftiFile:
             if image.get_data_dtype().kind not in "iuf":
                 raise ValueError("its voxels are colours or complex numbers.")
             self.volume = nibabel.as_closest_canonical(image.slicer[..., 0] if len(image.shape) == 4 else image)
-        except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
+        except (ImageFileError, HeaderDataError, *UNREADABLE) as error:
             raise self._unreadable(str(error)) from error
         except OrientationError as error:
             raise self._unreadable("its affine gives one of its axes no direction") from error
@@ -54,7 +57,7 @@ class NiftiFile:
             low, high = (float(self.volume.header[name]) for name in ("cal_min", "cal_max"))
             if not low < high:
                 low, high = value_range(values)
-        except (EOFError, OSError, ValueError, zlib.error) as error:
+        except UNREADABLE as error:
             raise self._unreadable(str(error)) from error
         # (right, front) -> rows from front to back, columns from right to left
         return Image.fromarray(to_greys(values[::-1, ::-1, frame].T, low, high))

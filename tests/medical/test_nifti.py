@@ -1,6 +1,8 @@
 """NIfTI volumes whose orientation is known."""
 
 import itertools
+import math
+import struct
 
 import nibabel
 import numpy as np
@@ -85,6 +87,9 @@ def test_volumes_that_cannot_be_shown(volume, tmp_path):
     whole = write(tmp_path / "whole.nii.gz", volume, np.eye(4)).read_bytes()
     plain = write(tmp_path / "plain.nii", volume, np.eye(4)).read_bytes()
     files = {"cut.nii.gz": whole[:-60], "cut.nii": plain[:-60], "header.nii": plain[:100], "text.nii": b"text" * 200}
+    # dim[1:5] is far more than there is; vox_offset is infinite
+    files["huge.nii"] = plain[:40] + struct.pack("<5h", 4, *[2**15 - 1] * 4) + plain[50:]
+    files["infinite.nii"] = plain[:108] + struct.pack("<f", math.inf) + plain[112:]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     write(tmp_path / "flat.nii", volume[:, :, 0], np.eye(4))

@@ -66,7 +66,7 @@ def bench(
         for needed, module in (
             ("image" in kinds, "healthgpt.evaluation"),
             (BITS.keys() & names, "bitsandbytes"),
-            (cpu_memory, "accelerate"),
+            (BITS.keys() & names or cpu_memory, "accelerate"),
         ):
             if needed:
                 importlib.import_module(module)

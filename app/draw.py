@@ -20,6 +20,7 @@ from .common import (
     print_result,
     require_kind,
     split_arguments,
+    working,
 )
 
 SHEET_HEIGHT, MARGIN, LABEL = 512, 16, 24  # pixels
@@ -53,17 +54,19 @@ def draw(
 
     Example: healthgpt draw -c HealthGPT-M3 volume.nii.gz --frame 80 "Reconstruct the image." -o out.png --sheet sheet.png
     """
-    import torch
-    from PIL import Image
+    with working("Starting"):
+        import torch
+        from PIL import Image
 
-    for path in filter(None, (output, sheet)):
-        require_picture_path(path)
     if sheet is not None and sheet.resolve() == output.resolve():
         raise ValueError(f"--sheet and --output are the same file, {output}: name two.")
     paths, instruction = split_arguments(arguments)
     if keep_aspect_ratio and len(paths) != 1:
         raise ValueError(f"--keep-aspect-ratio needs one picture whose size to take, and {len(paths)} are given.")
     pictures = open_all(paths, frame)
+    require_picture_path(output, *(picture.size for picture in pictures if keep_aspect_ratio))
+    if sheet is not None:
+        require_picture_path(sheet)
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "image")
     inputs = prepare(processor, conversation(pictures, instruction), task).to(model.device)
@@ -87,15 +90,17 @@ def draw(
     print_result(as_json, f"{output} ({picture.width} x {picture.height} pixels)", content)
 
 
-def require_picture_path(path: Path) -> None:
-    """Refuses, before anything is drawn, a path where no picture can be written."""
+def require_picture_path(path: Path, size: tuple[int, int] = (16, 16)) -> None:
+    """Refuses, before anything is drawn, a path where no picture of this width and height can be written."""
     from PIL import Image
 
     name = Image.registered_extensions().get(path.suffix.lower())
     try:
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), name or "")
+        Image.new("RGB", size).save(io.BytesIO(), name or "")
     except (KeyError, OSError, ValueError) as error:
-        raise ValueError(f"{path} has no ending of a picture format that Pillow writes, such as .png.") from error
+        raise ValueError(
+            f"{path} has no ending of a picture format that Pillow writes in this size, such as .png."
+        ) from error
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the picture in it.")
     if not path.parent.is_dir():

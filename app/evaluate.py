@@ -52,7 +52,8 @@ def answers(
 
     Example: healthgpt eval answers vqa_rad vqa-rad -c HealthGPT-M3 -o results/vqa_rad
     """
-    from ..evaluation import Records, answer_items, read_benchmark, state_of, summarise_answers, write_report
+    with working("Starting"):
+        from ..evaluation import Records, answer_items, read_benchmark, state_of, summarise_answers, write_report
 
     with working("Reading the questions"):
         items = list(itertools.islice(read_benchmark(benchmark, data, split), limit))
@@ -94,8 +95,9 @@ def draw(
 
     Example: healthgpt eval draw pairs.jsonl -c HealthGPT-M3 -o results/ct_to_mri --name ct_to_mri_brain
     """
-    from ..evaluation import Records, draw_samples, state_of
-    from ..training import read_samples
+    with working("Starting"):
+        from ..evaluation import Records, draw_samples, state_of
+        from ..training import read_samples
 
     settings = {"checkpoint": checkpoint, "data": str(data), "task": task, "limit": limit, "dtype": dtype}
     settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
@@ -129,7 +131,8 @@ def pictures(
 
     Example: healthgpt eval pictures drawn true -o results/ct_to_mri --name ct_to_mri_brain
     """
-    from ..evaluation import pair_folders
+    with working("Starting"):
+        from ..evaluation import pair_folders
 
     settings = {"drawn": str(drawn), "true": str(true)}
     report_pairs(pair_folders(drawn, true), output, name, settings, lpips, as_json, resize=False)

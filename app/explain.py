@@ -22,7 +22,7 @@ from .common import (
     split_arguments,
     working,
 )
-from .draw import save
+from .draw import require_picture_path, save
 
 
 def explain(
@@ -43,8 +43,9 @@ def explain(
 
     Example: healthgpt explain -c HealthGPT-M3 chest.png "Is there a pleural effusion?" -o explained
     """
-    from ..explain import look_inside
-    from ..explain.plots import as_picture, plot_inside
+    with working("Starting"):
+        from ..explain import look_inside
+        from ..explain.plots import as_picture, plot_inside
 
     if output.is_file():
         raise ValueError(f"{output} is a file: name a folder for the figures.")
@@ -52,6 +53,8 @@ def explain(
         raise ValueError(f"The folder {output} is not empty: name a new or empty one for the figures.")
     paths, question = split_arguments(arguments)
     pictures = open_all(paths, frame)
+    output.mkdir(parents=True, exist_ok=True)
+    require_picture_path(output / "routing.png")
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
     inputs = prepare(processor, conversation(pictures, question), task).to(model.device)
@@ -63,7 +66,6 @@ def explain(
         pictures = [as_picture(figure) for figure in figures]
     answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     paths = [output / "routing.png", *(output / f"attention_{number}.png" for number in range(len(pictures) - 1))]
-    output.mkdir(parents=True, exist_ok=True)
     for picture, path in zip(pictures, paths, strict=True):
         save(picture, path)
     written = [str(path) for path in paths]

@@ -62,15 +62,16 @@ def export(
 
     Example: healthgpt export --base phi-4 --vision clip --comprehension com_hlora_weights_phi4.bin --output HealthGPT-L14
     """
-    from transformers.utils import logging
+    with working("Starting"):
+        from transformers.utils import logging
 
-    from ..hub_export import ExportSources
-    from ..hub_export import export as run
-    from ..hub_export import push as upload
-    from ..hub_export.hub import fetch, require_repository
-    from ..hub_export.plan import build_plan
-    from ..hub_export.presets import PRESETS, require_preset
-    from ..hub_export.quantize import require_bitsandbytes
+        from ..hub_export import ExportSources
+        from ..hub_export import export as run
+        from ..hub_export import push as upload
+        from ..hub_export.hub import fetch, require_repository
+        from ..hub_export.plan import build_plan
+        from ..hub_export.presets import PRESETS, require_preset
+        from ..hub_export.quantize import require_bitsandbytes
 
     named = {
         "base": base,
@@ -142,8 +143,9 @@ def push(
 
     Example: healthgpt push HealthGPT-M3 user/HealthGPT-M3
     """
-    from ..hub_export import push as run
-    from ..hub_export.hub import require_repository
+    with working("Starting"):
+        from ..hub_export import push as run
+        from ..hub_export.hub import require_repository
 
     require_repository(repository)
     url = run(checkpoint, repository, public, create_pr)
@@ -160,9 +162,9 @@ def list_plugins(
 
     Example: healthgpt plugin list HealthGPT-M3
     """
-    from ..hub_export.plugins import list_plugins as run
-
     with working("Reading the checkpoint"):
+        from ..hub_export.plugins import list_plugins as run
+
         found = run(checkpoint)
     if as_json:
         print_json(found)
@@ -189,9 +191,9 @@ def extract_plugin(
 
     Example: healthgpt plugin extract HealthGPT-M3 generation -o generation-plugin
     """
-    from ..hub_export.plugins import extract_plugin as run
-
     with working("Copying the plugin"):
+        from ..hub_export.plugins import extract_plugin as run
+
         run(checkpoint, task, output, remove, published)
     print_result(as_json, f"{output}", {"output": str(output), "task": task})
 
@@ -212,9 +214,9 @@ def add_plugin(
 
     Example: healthgpt plugin add HealthGPT-M3 generation-plugin --name ct_to_mri
     """
-    from ..hub_export.plugins import add_plugin as run
-
     with working("Adding the plugin"):
+        from ..hub_export.plugins import add_plugin as run
+
         run(checkpoint, plugin, name, replace, kind, alpha, fusion)
     print_result(as_json, f"{checkpoint}", {"checkpoint": str(checkpoint)})
 

@@ -59,21 +59,22 @@ def train(
 
     Example: healthgpt train pairs.jsonl -c HealthGPT-M3 -o ct-to-mri --task ct_to_mri --init-from generation
     """
-    import transformers
+    with working("Starting"):
+        import transformers
 
-    from ..training import (
-        STAGES,
-        HealthGPTTrainer,
-        TrainingCollator,
-        add_codes,
-        add_task,
-        last_checkpoint,
-        read_samples,
-        recipe_of,
-        save_plugin,
-        start_fusion,
-        training_arguments,
-    )
+        from ..training import (
+            STAGES,
+            HealthGPTTrainer,
+            TrainingCollator,
+            add_codes,
+            add_task,
+            last_checkpoint,
+            read_samples,
+            recipe_of,
+            save_plugin,
+            start_fusion,
+            training_arguments,
+        )
 
     if stage not in STAGES:
         raise ValueError(f"There is no stage {stage!r}; choose one of {', '.join(STAGES)}.")

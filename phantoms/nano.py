@@ -48,7 +48,7 @@ from .samples import write_samples
 REAL = Path(__file__).parent.parent / "tests/golden/images"
 RANKS = {"comprehension": (16, 4), "generation": (64, 4)}
 KINDS = {"comprehension": "text", "generation": "image"}
-COMPREHENSION_SAMPLES, DRAWING_SAMPLES = 12000, 20000
+COMPREHENSION_SAMPLES, DRAWING_SAMPLES = 12000, 18000
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ STAGES = (
     ),
     Stage("fusion", ("comprehension", "generation"), (), Recipe({"token_tables": 5e-3}, 16, 0.0, "constant"), 400),
     Stage("instruction_text", ("comprehension",), (), Recipe({"projector": 1e-3, "plugin": 2e-3}, 16, 0.0), 600),
-    Stage("instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0), 3400),
+    Stage("instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0), 4700),
 )
 
 MIXED = Recipe({"projector": 1e-3, "plugin": 2e-3, "token_tables": 5e-3}, 16, 0.0)
@@ -133,7 +133,7 @@ def build_parts(work: Path, scale: float, log: Log) -> None:
     for name, make in (
         ("base", lambda folder: build_base(folder, log, share(1500, scale))),
         ("vision", lambda folder: build_vision(folder, log, share(4000, scale), count)),
-        ("vqgan", lambda folder: build_vqgan(folder, log, share(1500, scale), count)),
+        ("vqgan", lambda folder: build_vqgan(folder, log, share(1300, scale), count)),
         ("data", lambda folder: write_data(folder, scale)),
     ):
         if not (work / name).exists():

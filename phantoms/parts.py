@@ -25,12 +25,14 @@ from ..configuration_healthgpt import HealthGPTVQGANConfig
 from ..hub_export.families import build_tokenizer
 from ..vqgan_decoder import HealthGPTVQGAN
 from .anatomy import FINDINGS, MODALITIES, draw_case
-from .samples import INSTRUCTIONS, comprehension_sample, seed_of
+from .samples import INSTRUCTIONS, QUESTIONS, comprehension_sample, seed_of
 from .shapes import SIZE
 
 PATCH = 8
 GRID = SIZE // PATCH
 NUM_CODES = 512
+PIECES = 576  # of the vocabulary, before the special tokens
+SYSTEM = "You are a helpful AI assistant."
 SPECIAL = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
 MEAN, DEVIATION = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 Log = Callable[[str], None]
@@ -209,7 +211,10 @@ def build_base(folder: Path, log: Log, steps: int) -> None:
     torch.manual_seed(2)
     folder.mkdir(parents=True)
     texts = [comprehension_sample("train", number) for number in range(6000)]
-    write_tokenizer(folder, [text for s in texts for text in (s["report"], s["instruction"], s["response"])])
+    spoken = sorted({text for s in texts for text in (s["report"], s["instruction"], s["response"])})
+    orders = [text.format(report="") for text in INSTRUCTIONS.values()]
+    questions = [text.format(finding="") for texts in QUESTIONS.values() for text in texts]
+    write_tokenizer(folder, spoken + 100 * [SYSTEM, *orders, *questions])  # what many prompts share counts more
     tokenizer = build_tokenizer(folder)
     config = Phi3Config(
         vocab_size=len(tokenizer),
@@ -225,16 +230,14 @@ def build_base(folder: Path, log: Log, steps: int) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = AutoModelForCausalLM.from_config(config)
-    start = " <|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\n"
+    start = f" <|system|>\n{SYSTEM}<|end|>\n<|user|>\n"
     head, middle, end = (
         tokenizer.encode(text, add_special_tokens=False) for text in (start, "<|end|>\n<|assistant|>\n", "<|end|>")
     )
     asked = [tokenizer.encode(f"\n{s['instruction']}", add_special_tokens=False) for s in texts]
     reports = [tokenizer.encode(s["report"], add_special_tokens=False) for s in texts]
     answers = [tokenizer.encode("<|assistant|>" + s["response"], add_special_tokens=False)[1:] for s in texts]
-    orders = [
-        tokenizer.encode("\n" + text.format(report=""), add_special_tokens=False) for text in INSTRUCTIONS.values()
-    ]
+    orders = [tokenizer.encode(f"\n{order}", add_special_tokens=False) for order in orders]
     rng = np.random.default_rng(0)
 
     def sequence():
@@ -262,12 +265,12 @@ def build_base(folder: Path, log: Log, steps: int) -> None:
 
 
 def write_tokenizer(folder: Path, texts: list[str]) -> None:
-    """A SentencePiece vocabulary of the texts' words, with Phi-3's special tokens after it."""
+    """A SentencePiece vocabulary of the texts' words, the frequent ones first, with Phi-3's special tokens after it."""
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(sorted(set(texts))),
+        sentence_iterator=iter(texts),
         model_writer=model,
-        vocab_size=480,
+        vocab_size=PIECES,
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",
@@ -278,7 +281,7 @@ def write_tokenizer(folder: Path, texts: list[str]) -> None:
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     added = {index: token(name) for index, name in enumerate(["<unk>", "<s>", "</s>"])}
     for index, name in enumerate(SPECIAL):
-        added[480 + index] = token(name) | {"rstrip": index > 0}
+        added[PIECES + index] = token(name) | {"rstrip": index > 0}
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "model_max_length": 512,

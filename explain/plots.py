@@ -47,7 +47,15 @@ def plot_inside(
 
 
 def as_picture(figure: Figure) -> Image.Image:
-    """A figure as pixels, 150 of them to an inch."""
+    """
+    A figure as pixels, 150 of them to an inch.
+
+    Args:
+        figure (`Figure`): Any figure of matplotlib.
+
+    Returns:
+        `PIL.Image.Image`: Of mode `RGBA`.
+    """
     file = io.BytesIO()
     figure.savefig(file, dpi=150)
     return Image.open(file)

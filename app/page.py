@@ -256,12 +256,13 @@ def build(runner: Runner, with_examples: bool) -> gr.Blocks:
                 answered = gr.State()
                 looking = explain.click(handlers.explain, [chatbot, answered], figures, api_name="explain", **FIGURES)
                 gr.on([prompt.submit, chatbot.clear], None, cancels=looking, **CONTROL)
-                chatbot.clear(lambda: (None, None), None, [answered, figures], **CONTROL)
                 settings = [chatbot, task, length, frame, *controls]
                 shown = [prompt, chatbot, answered, figures]
                 generate_on_submit(
                     prompt, handlers.chat, settings, shown, progress, "chat", resting=[explain], stops=[chatbot.clear]
                 )
+                # Once the run is cancelled, since tokens that were on their way bring back the chat that the browser emptied.
+                chatbot.clear(lambda: (None, None, None), None, [chatbot, answered, figures], **CONTROL)
             if "image" in kinds:
                 with gr.Tab("Draw"), gr.Row():
                     with gr.Column(scale=3):

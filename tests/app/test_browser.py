@@ -317,11 +317,16 @@ def test_a_chat_that_is_cleared_while_it_is_answered_stays_empty(visit, served):
     served.steps.hold_after(2)
     send(page, QUESTION, CT)
     expect(answers(page)).to_have_count(1)
+
+    def end_the_answer_first(route):
+        served.steps.release()
+        served.runner.thread.submit(int).result(120)
+        route.continue_()
+
+    page.route("**/run/predict*", end_the_answer_first)
     page.locator("#chat").get_by_label("Clear").click()
     expect(answers(page)).to_have_count(0)
-    served.steps.release()
     finished(page)
-    served.runner.thread.submit(int).result(120)  # the answer has ended
     page.get_by_role("button", name="Look inside the last answer").click()
     page.get_by_role("button", name="Show experts and attention").click()
     expect(page.get_by_role("status").last).to_contain_text("There is no answer to look inside yet")

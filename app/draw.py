@@ -66,7 +66,8 @@ def draw(
     pictures = open_all(paths, frame)
     require_picture_path(output, *(picture.size for picture in pictures if keep_aspect_ratio))
     if sheet is not None:
-        require_picture_path(sheet)
+        drawn = pictures[0] if keep_aspect_ratio else Image.new("RGB", (1, 1))  # models draw squares
+        require_picture_path(sheet, sheet_size([*pictures, drawn]))
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "image")
     inputs = prepare(processor, conversation(pictures, instruction), task).to(model.device)
@@ -130,20 +131,27 @@ def save(picture, path: Path) -> None:
         unfinished(path).unlink(missing_ok=True)
 
 
+def shown_width(picture) -> int:
+    """Width of a picture on a sheet, in pixels."""
+    return max(1, round(picture.width * SHEET_HEIGHT / picture.height))
+
+
+def sheet_size(pictures: list) -> tuple[int, int]:
+    """Width and height of a sheet of these pictures, in pixels."""
+    return MARGIN + sum(shown_width(picture) + MARGIN for picture in pictures), SHEET_HEIGHT + LABEL + 2 * MARGIN
+
+
 def side_by_side(inputs: list, output):
     """A sheet of the inputs and the output, labelled and of one height."""
     from PIL import Image, ImageDraw
 
     labels = ["input"] if len(inputs) == 1 else [f"input {number}" for number in range(1, len(inputs) + 1)]
-    shown = []
-    for picture in (*inputs, output):
-        width = max(1, round(picture.width * SHEET_HEIGHT / picture.height))
-        shown.append(picture.convert("RGB").resize((width, SHEET_HEIGHT), Image.Resampling.LANCZOS))
-    total = sum(picture.width + MARGIN for picture in shown) + MARGIN
-    sheet = Image.new("RGB", (total, SHEET_HEIGHT + LABEL + 2 * MARGIN), "white")
+    pictures = [*inputs, output]
+    sheet = Image.new("RGB", sheet_size(pictures), "white")
     pen, left = ImageDraw.Draw(sheet), MARGIN
-    for label, picture in zip([*labels, "output"], shown, strict=True):
+    for label, picture in zip([*labels, "output"], pictures, strict=True):
         pen.text((left, MARGIN), label, fill="black")
-        sheet.paste(picture, (left, MARGIN + LABEL))
-        left += picture.width + MARGIN
+        shown = picture.convert("RGB").resize((shown_width(picture), SHEET_HEIGHT), Image.Resampling.LANCZOS)
+        sheet.paste(shown, (left, MARGIN + LABEL))
+        left += shown.width + MARGIN
     return sheet

@@ -79,12 +79,18 @@ def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(option, tm
     assert list(tmp_path.iterdir()) == [longest]
 
 
-def test_a_size_that_the_format_cannot_hold_is_refused_before_the_model_is_loaded(tmp_path):
-    Image.new("L", (20000, 5)).save(tmp_path / "wide.png")
-    wide, output = tmp_path / "wide.png", tmp_path / "out.webp"
-    result = draw(wide, "Reconstruct the image.", "--keep-aspect-ratio", "-c", "nowhere", "-o", output)
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [((20000, 5), ["--keep-aspect-ratio", "-o", "out.webp"]), ((2000, 50), ["-o", "out.png", "--sheet", "out.webp"])],
+)
+def test_a_size_that_the_format_cannot_hold_is_refused_before_the_model_is_loaded(
+    size, options, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", size).save("wide.png")
+    result = draw("wide.png", "Reconstruct the image.", "-c", "nowhere", *options)
     assert str(result.exception).startswith(
-        f"{output} has no ending of a picture format that Pillow writes in this size"
+        "out.webp has no ending of a picture format that Pillow writes in this size"
     )
 
 

@@ -131,7 +131,7 @@ def add_codes(samples: Dataset, model, processor, batch_size: int = 8) -> Datase
         new_fingerprint=digest.hexdigest()[:32],
         desc="Encoding target pictures",
     )
-    codes = dict(zip(encoded["path"], encoded["codes"], strict=True)) | {None: None}
+    codes = dict(zip(targets, encoded["codes"], strict=True)) | {None: None}  # the cache may name them by other paths
     given = zip(samples["target_image"], samples["target_codes"], strict=True)
     column = [codes[path] if own is None else own for path, own in given]
     return samples.remove_columns("target_codes").add_column("target_codes", column, feature=FEATURES["target_codes"])

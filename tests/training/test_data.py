@@ -89,6 +89,9 @@ def test_codes_are_those_of_the_encoder_and_computed_once(data, load, monkeypatc
     assert list(add_codes(samples, model, processor)["target_codes"]) == list(codes)
     other = samples.map(lambda row: {"instruction": f"{row['instruction']} Again."})
     assert list(add_codes(other, model, processor)["target_codes"]) == list(codes)
+    (data / "link").symlink_to(data)
+    linked = read_samples(data / "link/both.jsonl", model.config)
+    assert list(add_codes(linked, model, processor)["target_codes"]) == list(codes)
     Image.open(data / "ct.png").save(data / "mr.png")
     with pytest.raises(TypeError):
         add_codes(read_samples(data / "both.jsonl", model.config), model, processor)

@@ -237,17 +237,19 @@ def build_base(folder: Path, log: Log, steps: int) -> None:
     asked = [tokenizer.encode(f"\n{s['instruction']}", add_special_tokens=False) for s in texts]
     reports = [tokenizer.encode(s["report"], add_special_tokens=False) for s in texts]
     answers = [tokenizer.encode("<|assistant|>" + s["response"], add_special_tokens=False)[1:] for s in texts]
-    orders = [tokenizer.encode(f"\n{order}", add_special_tokens=False) for order in orders]
+    # A picture is followed by a space, and what is drawn begins with a token of its own, for which a line break stands here.
+    orders = [tokenizer.encode(f" \n{order}", add_special_tokens=False) for order in orders]
+    start_of_picture = tokenizer.encode("\n", add_special_tokens=False)
     rng = np.random.default_rng(0)
 
     def sequence():
         if rng.random() < 0.4:
             row = rng.integers(len(texts))
             prompt, answer = reports[row] + asked[row], answers[row]
-        else:  # few different tokens, so that only their place tells which comes next
+        else:  # few different tokens, so that only their place tells which comes next, at the places of a drawing
             few = rng.integers(3, 259, rng.integers(4, 64))
-            answer = rng.choice(few, GRID * GRID).tolist()
-            prompt = answer + orders[rng.integers(len(orders))]
+            codes = rng.choice(few, GRID * GRID).tolist()
+            prompt, answer = codes + orders[rng.integers(len(orders))], start_of_picture + codes
         return [1, *head, *prompt, *middle], [*answer, *end]
 
     def loss_of():

@@ -51,7 +51,8 @@ def name_finding(case: Case) -> str:
 
 def report_of(case: Case) -> str:
     """All that can be said of a picture, in two sentences."""
-    build = f" of a {case.build} patient" if case.build is not None else ""
+    article = "an" if case.build == "average" else "a"
+    build = f" of {article} {case.build} patient" if case.build is not None else ""
     finding = name_finding(case)
     return f"{case.modality} of the {ORGANS[case.modality]}{build}. {finding[0].upper()}{finding[1:]}."
 

@@ -1,6 +1,7 @@
 """Phantoms: true answers, true pairs, findings where they are said to be, and splits that share nothing."""
 
 import collections
+import re
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ def test_answers_are_true_and_closed_questions_balanced():
     for number in range(600):
         sample = comprehension_sample("test", number)
         report, question = sample["report"].lower(), sample["question"]
+        assert re.match(r"x-ray of the chest of (an average|a (small|large)) patient\. |(?!x-ray)", report)
         if question == "closed":
             [asked] = {
                 f for findings in FINDINGS.values() for f in findings if f" {f} in" in sample["instruction"]

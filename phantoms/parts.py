@@ -230,27 +230,25 @@ def build_base(folder: Path, log: Log, steps: int) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = AutoModelForCausalLM.from_config(config)
-    start = f" <|system|>\n{SYSTEM}<|end|>\n<|user|>\n"
-    head, middle, end = (
-        tokenizer.encode(text, add_special_tokens=False) for text in (start, "<|end|>\n<|assistant|>\n", "<|end|>")
+    middle, end = (
+        tokenizer.encode(text, add_special_tokens=False) for text in ("<|end|>\n<|assistant|>\n", "<|end|>")
     )
     asked = [tokenizer.encode(f"\n{s['instruction']}", add_special_tokens=False) for s in texts]
     reports = [tokenizer.encode(s["report"], add_special_tokens=False) for s in texts]
     answers = [tokenizer.encode("<|assistant|>" + s["response"], add_special_tokens=False)[1:] for s in texts]
-    # A picture is followed by a space, and what is drawn begins with a token of its own, for which a line break stands here.
-    orders = [tokenizer.encode(f" \n{order}", add_special_tokens=False) for order in orders]
-    start_of_picture = tokenizer.encode("\n", add_special_tokens=False)
+    before, *after = around_picture(tokenizer, orders)
+    start_of_picture = tokenizer.encode("\n", add_special_tokens=False)  # a drawing begins with a token of its own
     rng = np.random.default_rng(0)
 
     def sequence():
         if rng.random() < 0.4:
             row = rng.integers(len(texts))
-            prompt, answer = reports[row] + asked[row], answers[row]
+            prompt, answer = [*before, *reports[row], *asked[row], *middle], answers[row]
         else:  # few different tokens, so that only their place tells which comes next, at the places of a drawing
             few = rng.integers(3, 259, rng.integers(4, 64))
             codes = rng.choice(few, GRID * GRID).tolist()
-            prompt, answer = codes + orders[rng.integers(len(orders))], start_of_picture + codes
-        return [1, *head, *prompt, *middle], [*answer, *end]
+            prompt, answer = [*before, *codes, *after[rng.integers(len(after))]], [*start_of_picture, *codes]
+        return prompt, [*answer, *end]
 
     def loss_of():
         pairs = [sequence() for _ in range(16)]
@@ -264,6 +262,13 @@ def build_base(folder: Path, log: Log, steps: int) -> None:
 
     optimise(model, loss_of, steps, 2e-3, log)
     model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def around_picture(tokenizer, orders: list[str]) -> list[list[int]]:
+    """Ids before a picture in the prompt of a drawing, then those after it for each order."""
+    texts = [f" <|system|>\n{SYSTEM}<|end|>\n<|user|>\n", *(f" \n{order}<|end|>\n<|assistant|>\n" for order in orders)]
+    before, *after = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+    return [[1, *before], *after]
 
 
 def write_tokenizer(folder: Path, texts: list[str]) -> None:

@@ -12,9 +12,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from healthgpt.app.cli import app
+from healthgpt.conversations import conversation, prepare
 from healthgpt.hub_export.merge import HUB_FILES
 from healthgpt.phantoms import demo, drawing_sample, nano
+from healthgpt.phantoms.parts import around_picture
 from healthgpt.phantoms.report import report_answers, report_pictures
+from healthgpt.phantoms.samples import INSTRUCTIONS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -33,6 +36,16 @@ def test_it_is_small_and_carries_the_code_of_this_package():
         assert (ROOT / "nano" / name).read_bytes() == (ROOT / name).read_bytes(), f"make nano, or copy {name} to nano/"
     card = ModelCard.load(ROOT / "nano/README.md")
     assert "worthless for medicine" in card.text and "| modality | " in card.text and "| ct_to_mri | " in card.text
+
+
+def test_its_base_learned_to_repeat_at_the_places_of_a_drawing(small):
+    model, processor = small
+    orders = [text.format(report="No finding.") for text in INSTRUCTIONS.values()]
+    before, *after = around_picture(processor.tokenizer, orders)
+    picture = [processor.image_token_id] * processor.num_image_patches
+    for order, end in zip(orders, after, strict=True):
+        prompt = prepare(processor, conversation([Image.new("RGB", (64, 64))], order), "generation")["input_ids"][0]
+        assert prompt.tolist() == [*before, *picture, *end, model.config.image_start_token_id]
 
 
 def test_it_knows_modalities_and_findings_of_the_test_split(small):

@@ -80,6 +80,7 @@ def ask(
             "max_new_tokens": str(max_new_tokens),
         }
         table = AnswerTable(output, settings)
+        known = len(table.done)
     else:
         pictures = open_all(paths, frame)
     model, processor = load(checkpoint, device, dtype)
@@ -90,14 +91,16 @@ def ask(
             typer.echo(f"Left out {name}: {reason}", err=True)
         if not table.done:
             raise ValueError(f"{folders[0]} has no picture that can be asked about.")
-        content = {"output": str(output), "rows": len(table.done), "left_out": left_out}
-        print_result(as_json, f"{output} ({len(table.done)} answers)", content)
+        rows, new = len(table.done), len(table.done) - known
+        content = {"output": str(output), "rows": rows, "new": new, "left_out": left_out}
+        print_result(as_json, f"{output} ({rows} answers, {new} of them new)", content)
         return
     if as_json:
         with working("Answering"):
             [answer] = answer_batch(model, processor, [(pictures, question)], **options)
         files = [str(path) for path in paths]
-        print_result(as_json, answer, {"files": files, "question": question, "answer": answer, "task": task})
+        content = {"files": files, "frame": frame, "question": question, "answer": answer, "task": task}
+        print_result(as_json, answer, content)
         return
     from .streamers import AnswerStreamer
 

@@ -25,7 +25,7 @@ app = typer.Typer(
     name="healthgpt",
     help="HealthGPT answers questions about medical pictures and draws medical pictures. Research use only.\n\n"
     'Example: healthgpt ask -c HealthGPT-M3 chest.dcm "Is there a pleural effusion?"\n\n'
-    "Exit codes: 0 done, 1 bad input, 2 wrong usage, 130 interrupted.",
+    "Exit codes: 0 done, 1 bad input, 2 options or arguments that cannot be parsed, 130 interrupted.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

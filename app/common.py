@@ -133,6 +133,8 @@ def require_kind(model, task: str, kind: str) -> None:
 def split_arguments(arguments: list[str]) -> tuple[list[Path], str]:
     """Paths and text from the arguments of `ask`, `draw` and `explain`."""
     *paths, text = arguments
+    if not text.strip():
+        raise ValueError("The last argument, a question or instruction, is empty.")
     if os.path.exists(text):
         kind = "folder" if os.path.isdir(text) else "file"
         raise ValueError(

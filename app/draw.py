@@ -150,7 +150,7 @@ def side_by_side(inputs: list, output):
     sheet = Image.new("RGB", sheet_size(pictures), "white")
     pen, left = ImageDraw.Draw(sheet), MARGIN
     for label, picture in zip([*labels, "output"], pictures, strict=True):
-        pen.text((left, MARGIN), label, fill="black")
+        pen.text((left, MARGIN), label, fill="black", font_size=LABEL - 8)
         shown = picture.convert("RGB").resize((shown_width(picture), SHEET_HEIGHT), Image.Resampling.LANCZOS)
         sheet.paste(shown, (left, MARGIN + LABEL))
         left += shown.width + MARGIN

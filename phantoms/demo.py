@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.logging import disable_progress_bar
 
 from ..conversations import conversation, prepare
 from .samples import INSTRUCTIONS, comprehension_sample, drawing_sample
@@ -20,7 +21,7 @@ ASKED = (
     ("open", 4),
     ("report", 5),
 )  # kinds of questions, numbers of samples
-SCALE, MARGIN, TITLE = 3, 12, 22  # of the sheet: pixels per pixel, and pixels
+SCALE, MARGIN, TITLE, FONT = 3, 12, 24, 14  # of the sheet: pixels per pixel, and pixels
 
 
 def run(model, processor, samples: list[dict], task: str):
@@ -37,10 +38,10 @@ def contact_sheet(samples: list[dict], drawn: list[Image.Image]) -> Image.Image:
     sheet = Image.new("RGB", (3 * width + 4 * MARGIN, len(samples) * row + TITLE + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(("input", "output", "truth")):
-        pen.text((MARGIN + column * (width + MARGIN), MARGIN // 2), title, fill="black")
+        pen.text((MARGIN + column * (width + MARGIN), MARGIN // 2), title, fill="black", font_size=FONT)
     for index, (sample, picture) in enumerate(zip(samples, drawn, strict=True)):
         top = TITLE + index * row
-        pen.text((MARGIN, top + 4), sample["instruction"], fill="black")
+        pen.text((MARGIN, top + 4), sample["instruction"], fill="black", font_size=FONT)
         for column, shown in enumerate((sample["input_image"], picture, sample["target_image"])):
             if shown is not None:
                 enlarged = shown.resize((width, height), Image.Resampling.NEAREST)
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("output", type=Path, help="folder for the pictures")
     arguments = parser.parse_args()
+    disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(arguments.checkpoint, trust_remote_code=True)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def test_answers_about_a_folder_are_those_about_each_picture(folder, pictures, t
     options = ["-c", folder, "--max-new-tokens", 12]
     result = ask(pictures, QUESTION, "-o", tmp_path / "answers.csv", "--batch-size", 4, *options)
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{tmp_path / 'answers.csv'} (6 answers)\n"
+    assert result.stdout == f"{tmp_path / 'answers.csv'} (6 answers, 6 of them new)\n"
     assert re.findall("Left out (.*?):", result.stderr) == ["REPORT", "caf\\xe9.png", "notes.txt"]
     with open(tmp_path / "answers.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -107,7 +107,7 @@ def test_answers_about_a_folder_are_those_about_each_picture(folder, pictures, t
     assert any(row["answer"] for row in rows)
     result = ask(pictures, QUESTION, "-o", pictures / "answers.jsonl", "--json", *options)
     content = json.loads(result.stdout)
-    assert (content["output"], content["rows"]) == (str(pictures / "answers.jsonl"), 6)
+    assert (content["output"], content["rows"], content["new"]) == (str(pictures / "answers.jsonl"), 6, 6)
     assert list(content["left_out"]) == ["REPORT", "caf\\xe9.png", "notes.txt"]
     assert "without pixels" in content["left_out"]["REPORT"] and "not UTF-8" in content["left_out"]["caf\\xe9.png"]
     lines = (pictures / "answers.jsonl").read_text(encoding="utf-8").splitlines()
@@ -120,7 +120,7 @@ def test_answers_about_two_patients_are_not_mixed(folder, tmp_path, monkeypatch)
         shutil.copy(GOLDEN / "images/ct.png", tmp_path / patient / "IM0001")
     options = ["What?", "-c", folder, "--max-new-tokens", 4]
     monkeypatch.chdir(tmp_path / "a")
-    assert ask(".", *options, "-o", "../answers.csv").stdout == "../answers.csv (1 answers)\n"
+    assert ask(".", *options, "-o", "../answers.csv").stdout == "../answers.csv (1 answers, 1 of them new)\n"
     content = (tmp_path / "answers.csv").read_bytes()
     monkeypatch.chdir(tmp_path / "b")
     for arguments, message in (
@@ -130,7 +130,7 @@ def test_answers_about_two_patients_are_not_mixed(folder, tmp_path, monkeypatch)
         (["../a", *options, "--max-new-tokens", 5], "another max_new_tokens, '4'"),
     ):
         assert message in str(ask(*arguments, "-o", "../answers.csv").exception)
-    assert ask("../a", *options, "-o", tmp_path / "answers.csv").exit_code == 0
+    assert ask("../a", *options, "-o", tmp_path / "answers.csv").stdout.endswith("(1 answers, 0 of them new)\n")
     assert (tmp_path / "answers.csv").read_bytes() == content
 
 
@@ -141,6 +141,7 @@ def test_frames_and_json(folder):
     result = json.loads(ask(path, "What?", "--json", *options).stdout)
     assert result == {
         "files": [path],
+        "frame": None,
         "question": "What?",
         "answer": answers[15].removesuffix("\n"),
         "task": "comprehension",
@@ -350,6 +351,7 @@ def test_mistakes_with_folders(folder, pictures, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     for arguments, message in (
+        ([pictures / "ct.png", " "], "The last argument, a question or instruction, is empty"),
         ([pictures, "What?"], "is a folder: name a file for the answers, -o answers.csv"),
         ([pictures, pictures / "ct.png", "What?", "-o", tmp_path / "a.csv"], "A folder is asked about alone"),
         ([pictures / "ct.png", "What?", "-o", tmp_path / "a.csv"], "--output is for the answers about a folder"),

@@ -171,7 +171,7 @@ def test_plugins_are_listed_taken_out_and_put_in(healthgpt, folder, tmp_path):
     [
         (["ask", "-c", "FOLDER", "nowhere.png", "What?"], "There is no picture file 'nowhere.png'"),
         (["ask", "-c", "FOLDER", GOLDEN / "images/ct.png"], "is a file: add a question"),
-        (["ask", "-c", "FOLDER", ""], "has no text"),
+        (["ask", "-c", "FOLDER", ""], "a question or instruction, is empty"),
         (["ask", "-c", "FOLDER", GOLDEN / "m3/cases.json", "What?"], "is not a picture that can be read"),
         (["ask", "-c", "FOLDER", "--task", "generation", "What?"], "no task 'generation' that answers in words"),
         (["ask", "-c", "nowhere", "What?"], "nowhere is neither a folder nor a Hub repository"),

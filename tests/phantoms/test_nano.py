@@ -38,7 +38,7 @@ def test_it_is_small_and_carries_the_code_of_this_package():
     assert "worthless for medicine" in card.text and "| modality | " in card.text and "| ct_to_mri | " in card.text
 
 
-def test_its_base_learned_to_repeat_at_the_places_of_a_drawing(small):
+def test_its_base_is_taught_the_places_of_a_drawing(small):
     model, processor = small
     orders = [text.format(report="No finding.") for text in INSTRUCTIONS.values()]
     before, *after = around_picture(processor.tokenizer, orders)

@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	@printf "Picture drawn from $(GOLDEN)/images/ct.png: "
 	@$(RUN)/healthgpt draw -c demo/HealthGPT-tiny $(GOLDEN)/images/ct.png "Reconstruct the image." -o demo/picture.png
 
-# The small model, from nothing: about an hour on two cores. What is finished stays in build/nano and is not done again.
+# The small model, from nothing: less than an hour on two cores. What is finished stays in build/nano and is not done again.
 nano: $(VENV)/installed
 	$(RUN)/python -m healthgpt.phantoms.nano build/nano nano
 

@@ -26,7 +26,7 @@ shows that the package works, without any download.
 
 Seven modalities (X-ray, CT, MRI, microscopy, OCT, fundus, ultrasound) with known anatomy and findings, questions with true answers and
 true pairs for five drawing tasks, all from `healthgpt.phantoms`. Training, validation and test share no seed. `make nano` trains it
-in about an hour on two processor cores: language model, vision tower and VQGAN first, then the three stages of HealthGPT with the
+in less than an hour on two processor cores: language model, vision tower and VQGAN first, then the three stages of HealthGPT with the
 package's own training code.
 
 ## On the test split

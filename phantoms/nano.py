@@ -117,13 +117,15 @@ def build(work: Path, output: Path, scale: float = 1.0, compare: bool = False) -
     compared = {way: work / f"compared/{way}.json" for way in WAYS}
     compared = {way: json.loads(path.read_text()) for way, path in compared.items() if path.exists()}
     log("export")
-    shutil.rmtree(work / "exported", ignore_errors=True)
-    export(sources_of(work, work / "trained"), work / "exported")
-    model, processor = load(work / "exported")
+    exported = work / "exported" / output.name  # a checkpoint remembers the name of its folder
+    exported.parent.mkdir(exist_ok=True)
+    shutil.rmtree(exported, ignore_errors=True)
+    export(sources_of(work, work / "trained"), exported)
+    model, processor = load(exported)
     card = nano_card(output.name, model.num_parameters(), own, compared, describe(model, processor, REAL))
-    (work / "exported" / CARD_NAME).write_text(card, encoding="utf-8")
+    (exported / CARD_NAME).write_text(card, encoding="utf-8")
     shutil.rmtree(output, ignore_errors=True)
-    shutil.copytree(work / "exported", output)
+    shutil.copytree(exported, output)
     log(f"{output}: {sum(path.stat().st_size for path in output.iterdir()) / 1e6:.1f} MB")
 
 

@@ -241,8 +241,8 @@ def build_base(folder: Path, log: Log, steps: int) -> None:
     start_of_picture = tokenizer.encode("\n", add_special_tokens=False)  # a drawing begins with a token of its own
     rng = np.random.default_rng(0)
 
-    def sequence():
-        if rng.random() < 0.4:
+    def sequence(repeating: float):
+        if rng.random() >= repeating:
             row = rng.integers(len(texts))
             prompt, answer = [*before, *reports[row], *asked[row], *middle], answers[row]
         else:  # few different tokens, so that only their place tells which comes next, at the places of a drawing
@@ -251,8 +251,8 @@ def build_base(folder: Path, log: Log, steps: int) -> None:
             prompt, answer = [*before, *codes, *after[rng.integers(len(after))]], [*start_of_picture, *codes]
         return prompt, [*answer, *end]
 
-    def loss_of():
-        pairs = [sequence() for _ in range(16)]
+    def loss_of(repeating: float):
+        pairs = [sequence(repeating) for _ in range(16)]
         length = max(len(prompt) + len(answer) for prompt, answer in pairs)
         ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
         labels = torch.full((len(pairs), length), -100)
@@ -261,7 +261,9 @@ def build_base(folder: Path, log: Log, steps: int) -> None:
             labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
         return model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
 
-    optimise(model, loss_of, steps, 2e-3, log)
+    # Questions alone first: beside whole pictures their few words hardly count.
+    optimise(model, lambda: loss_of(0), steps // 2, 2e-3, log)
+    optimise(model, lambda: loss_of(0.6), steps, 2e-3, log)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 

@@ -206,8 +206,8 @@ def build_vision(folder: Path, log: Log, steps: int, count: int) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-def build_base(folder: Path, log: Log, steps: int) -> None:
-    """Trains the language model on reports with questions, and on repeating what stands in the prompt."""
+def build_base(folder: Path, log: Log, question_steps: int, steps: int) -> None:
+    """Trains the language model on reports with questions, then also on repeating what stands in the prompt."""
     torch.manual_seed(2)
     folder.mkdir(parents=True)
     # Whether the finding asked for is the one reported is learned last: half of the questions are only about that.
@@ -261,8 +261,7 @@ def build_base(folder: Path, log: Log, steps: int) -> None:
             labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
         return model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
 
-    # Questions alone first: beside whole pictures their few words hardly count.
-    optimise(model, lambda: loss_of(0), steps // 2, 2e-3, log)
+    optimise(model, lambda: loss_of(0), question_steps, 2e-3, log)  # beside whole pictures their few words hardly count
     optimise(model, lambda: loss_of(0.6), steps, 2e-3, log)
     model.to(torch.bfloat16).save_pretrained(folder)
 

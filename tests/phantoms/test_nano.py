@@ -49,7 +49,7 @@ def test_its_base_is_taught_the_places_of_a_drawing(small):
 
 
 def test_it_knows_modalities_and_findings_of_the_test_split(small):
-    answers = report_answers(*small, 40)
+    answers = report_answers(*small, 200)
     assert answers["modality"]["value"] >= 95
     assert answers["closed"]["value"] >= 85 and answers["closed"]["trivial"] < 65
 

@@ -68,7 +68,10 @@ print(processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_specia
 """
 DRAW_TASK = """
 messages = [
-    {{"role": "user", "content": [{{"type": "image", "image": picture}}, {{"type": "text", "text": "Reconstruct the image."}}]}}
+    {{
+        "role": "user",
+        "content": [{{"type": "image", "image": picture}}, {{"type": "text", "text": "Reconstruct the image."}}],
+    }}
 ]
 inputs = processor.apply_chat_template(
     messages, task="{task}", add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -142,15 +142,13 @@ class Handlers:
                     continue
                 shown = rows
                 before = given[0].resize(picture.size, Image.Resampling.LANCZOS) if given else picture
-                yield (
+                pictures = (
                     gr.update(value=(before, picture), visible=bool(given)),
                     gr.update(value=picture, visible=not given),
-                    f"Row {rows} of {total}",
-                    gr.update(interactive=False),
                 )
+                yield *pictures, f"Row {rows} of {total}", gr.update(interactive=False)
             yield (
-                gr.skip(),
-                gr.skip(),
+                *pictures,  # once more: of updates that come fast, the browser may leave out all but the last
                 f"{picture.width} x {picture.height} pixels",
                 gr.update(value=save(picture, "drawing"), interactive=True),
             )
@@ -237,6 +235,7 @@ def build(runner: Runner, with_examples: bool) -> gr.Blocks:
             if "text" in kinds:
                 with gr.Tab("Chat"), gr.Row():
                     with gr.Column(scale=3):
+                        answered = gr.State()  # beside a tab it would count as one
                         chatbot = gr.Chatbot(show_label=False, buttons=["copy"], placeholder=CHAT_HINT, elem_id="chat")
                         prompt = prompt_box("Ask a question", autofocus=True)
                         progress = gr.Markdown(elem_classes="progress")
@@ -253,7 +252,6 @@ def build(runner: Runner, with_examples: bool) -> gr.Blocks:
                             offer_examples(
                                 prompt, (comprehension_sample("test", number, kind) for kind, number in ASKED)
                             )
-                answered = gr.State()
                 looking = explain.click(handlers.explain, [chatbot, answered], figures, api_name="explain", **FIGURES)
                 gr.on([prompt.submit, chatbot.clear], None, cancels=looking, **CONTROL)
                 settings = [chatbot, task, length, frame, *controls]

@@ -1,5 +1,6 @@
 """The page in a real browser, with the small model: what people see, and what they must not see of each other."""
 
+import io
 import os
 import re
 import shutil
@@ -135,6 +136,7 @@ def finished(page):
 
 
 def keep(page, name):
+    page.evaluate("Promise.all([...document.images].map(image => image.decode()))")  # what is shown, not what was
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
@@ -148,6 +150,7 @@ def test_an_answer_grows_into_what_the_command_line_answers(visit, served, ct_an
     served.steps.release()
     expect(answers(page)).to_have_text(ct_answer)
     finished(page)
+    expect(prompt(page)).to_have_value("")
     keep(page, "chat")
 
     send(page, "Which organ does this show?")
@@ -185,9 +188,13 @@ def test_a_picture_appears_row_by_row_and_is_the_models(visit, served, tmp_path,
     for path in given:
         sample["input_image"].save(path)
     command_line("draw", *given, sample["instruction"], "-o", tmp_path / "line.png")
-    assert Image.open(tmp_path / "page.png").tobytes() == Image.open(tmp_path / "line.png").tobytes()
+    drawn = Image.open(tmp_path / "line.png").tobytes()
+    assert Image.open(tmp_path / "page.png").tobytes() == drawn
     expect(page.locator("#slider img")).to_have_count(2 if given else 0)
     expect(page.locator("#drawing img")).to_have_count(0 if given else 1)
+    shown = page.request.get(page.locator("#slider img, #drawing img").last.get_attribute("src"))
+    assert Image.open(io.BytesIO(shown.body())).tobytes() == drawn
+    expect(page.get_by_role("tab")).to_have_text(["Chat", "Draw"])
     keep(page, f"draw-{example}")
 
 

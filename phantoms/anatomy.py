@@ -1,7 +1,8 @@
 """
 The pictures: seven modalities, each with a drawn anatomy and the findings that it may show.
 
-Everything that varies comes from one random generator, hence a seed names a picture. Left and right are those of the picture.
+Everything that varies comes from one random generator, hence a seed names a picture. Left and right are the patient's,
+as radiologists say them: left is on the right of the picture.
 """
 
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Case:
     Args:
         modality (`str`): One of `MODALITIES`.
         finding (`str`, *optional*): One of the modality's `FINDINGS`; `None` if nothing is abnormal.
-        side (`str`, *optional*): `"left"` or `"right"` of the picture, for findings that have a side.
+        side (`str`, *optional*): `"left"` or `"right"` of the patient, for findings that have a side.
         build (`str`, *optional*): The patient's, one of `BUILDS`; X-rays only.
         picture (`PIL.Image.Image`): RGB, 64 x 64 pixels.
     """
@@ -82,7 +83,8 @@ def draw_finding(rng, modality):
 
 
 def sign(side) -> int:
-    return -1 if side == "left" else 1
+    """Where a side of the patient lies along `X`."""
+    return 1 if side == "left" else -1
 
 
 def chest(rng, finding, side, build):

@@ -25,9 +25,9 @@ shows that the package works, without any download.
 ## What it was trained on
 
 Seven modalities (X-ray, CT, MRI, microscopy, OCT, fundus, ultrasound) with known anatomy and findings, questions with true answers and
-true pairs for five drawing tasks, all from `healthgpt.phantoms`. Training, validation and test share no seed. `make nano` trains it
-in less than an hour on two processor cores: language model, vision tower and VQGAN first, then the three stages of HealthGPT with the
-package's own training code.
+true pairs for five drawing tasks, all from `healthgpt.phantoms`. Left and right are the patient's: left is on the right of the picture.
+Training, validation and test share no seed. `make nano` trains it in less than an hour on two processor cores: language model, vision
+tower and VQGAN first, then the three stages of HealthGPT with the package's own training code.
 
 ## On the test split
 

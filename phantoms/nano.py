@@ -74,7 +74,7 @@ STAGES = (
     ),
     Stage("fusion", ("comprehension", "generation"), (), Recipe({"token_tables": 5e-3}, 16, 0.0, "constant"), 400),
     Stage("instruction_text", ("comprehension",), (), Recipe({"projector": 1e-3, "plugin": 2e-3}, 16, 0.0), 600),
-    Stage("instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0), 3500),
+    Stage("instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0), 2000),
 )
 
 MIXED = Recipe({"projector": 1e-3, "plugin": 2e-3, "token_tables": 5e-3}, 16, 0.0)
@@ -133,7 +133,7 @@ def build_parts(work: Path, scale: float, log: Log) -> None:
     """The frozen parts, the samples, and the checkpoint that training starts from."""
     count = max(round(12000 * scale), 600)
     for name, make in (
-        ("base", lambda folder: build_base(folder, log, share(1500, scale))),
+        ("base", lambda folder: build_base(folder, log, share(750, scale), share(1500, scale))),
         ("vision", lambda folder: build_vision(folder, log, share(4000, scale), count)),
         ("vqgan", lambda folder: build_vqgan(folder, log, share(1300, scale), count)),
         ("data", lambda folder: write_data(folder, scale)),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .anatomy import FINDINGS, ORGANS, Case, draw_brain_pair, draw_case
+from .anatomy import FINDINGS, MODALITIES, ORGANS, Case, draw_brain_pair, draw_case
 
 SPLITS = ("train", "validation", "test")
 QUESTIONS = {
@@ -74,10 +74,14 @@ def comprehension_sample(split: str, number: int, question: str | None = None) -
     case = draw_case(rng)
     while kind == "side" and case.side is None:
         case = draw_case(rng)
+    while kind == "closed" and case.finding is None and rng.random() < 0.6:
+        case = draw_case(rng)
     text = str(rng.choice(QUESTIONS[kind]))
     asked = case.finding
-    if kind == "closed" and (asked is None or rng.random() < 0.3):
-        asked = str(rng.choice([finding for finding in FINDINGS[case.modality] if finding != case.finding]))
+    if kind == "closed" and (asked is None or rng.random() < 0.4):
+        near = (case.modality,) if rng.random() < 0.5 else MODALITIES
+        names = {name for modality in near for name in FINDINGS[modality]}
+        asked = str(rng.choice(sorted(name for name in names if name.rstrip("s") != str(case.finding).rstrip("s"))))
     answers = {
         "modality": case.modality,
         "organ": ORGANS[case.modality],

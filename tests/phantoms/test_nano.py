@@ -17,7 +17,7 @@ from healthgpt.hub_export.merge import HUB_FILES
 from healthgpt.phantoms import demo, drawing_sample, nano
 from healthgpt.phantoms.parts import around_picture
 from healthgpt.phantoms.report import report_answers, report_pictures
-from healthgpt.phantoms.samples import INSTRUCTIONS
+from healthgpt.phantoms.samples import INSTRUCTIONS, comprehension_sample
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -52,6 +52,17 @@ def test_it_knows_modalities_and_findings_of_the_test_split(small):
     answers = report_answers(*small, 200)
     assert answers["modality"]["value"] >= 95
     assert answers["closed"]["value"] >= 85 and answers["closed"]["trivial"] < 65
+
+
+def test_it_denies_a_finding_although_there_is_another(small):
+    model, processor = small
+    samples = [comprehension_sample("test", number, "closed") for number in range(150)]
+    samples = [s for s in samples if s["response"] == "no" and "No finding" not in s["report"]]
+    questions = [conversation([sample["input_image"]], sample["instruction"]) for sample in samples]
+    inputs = prepare(processor, questions, "comprehension")
+    sequences = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    answers = processor.batch_decode(sequences, skip_special_tokens=True)
+    assert len(answers) > 30 and answers.count("no") > 0.85 * len(answers)
 
 
 def test_it_draws_better_than_trivial_pictures(small):

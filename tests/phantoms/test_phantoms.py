@@ -74,7 +74,7 @@ def test_a_finding_lies_on_its_side(finding, side):
 
     kind = "brain" if finding in FINDINGS["CT"] else "chest" if finding in FINDINGS["X-ray"] else "liver"
     change = np.abs(draw(finding, side) - draw(None, side))
-    left, right = change[:, :32].sum(), change[:, 32:].sum()
+    right, left = change[:, :32].sum(), change[:, 32:].sum()  # of the patient
     assert (left > 5 * right) if side == "left" else (right > 5 * left)
 
 

@@ -135,20 +135,22 @@ class Handlers:
             given = [self.read(path, number) for path in prompt["files"]]
             content = [{"type": "image", "image": picture} for picture in given]
             messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt["text"]}]}]
-            total, shown = self.runner.model.config.vqgan_config.grid_size, 0
+            total, shown = self.runner.model.config.vqgan_config.grid_size, None
+            nothing = gr.skip(), gr.skip()
             for picture, rows in self.runner.draw(messages, task, **sampling(*controls)):
+                if shown is None:  # without pictures: one that comes with its visibility may lose to the one before it
+                    yield gr.update(visible=bool(given)), gr.update(visible=not given), *nothing
+                    shown = 0
                 if rows == shown:
-                    yield (gr.skip(),) * 4
+                    yield *nothing, *nothing
                     continue
                 shown = rows
-                before = given[0].resize(picture.size, Image.Resampling.LANCZOS) if given else picture
-                pictures = (
-                    gr.update(value=(before, picture), visible=bool(given)),
-                    gr.update(value=picture, visible=not given),
-                )
+                pictures = gr.skip(), picture
+                if given:
+                    pictures = (given[0].resize(picture.size, Image.Resampling.LANCZOS), picture), gr.skip()
                 yield *pictures, f"Row {rows} of {total}", gr.update(interactive=False)
             yield (
-                *pictures,  # once more: of updates that come fast, the browser may leave out all but the last
+                *nothing,
                 f"{picture.width} x {picture.height} pixels",
                 gr.update(value=save(picture, "drawing"), interactive=True),
             )

@@ -97,8 +97,8 @@ class Runner:
             written = sequences.shape[1] - inputs["input_ids"].shape[1]
             if written // grid > rows:
                 rows = written // grid
-                # Whole pictures only can be decoded: the last code stands for those to come, and is cut off again.
-                padding = sequences[:, -1:].expand(-1, grid**2 - written)
+                # Whole pictures only can be decoded: the last row stands for those to come, and is cut off again.
+                padding = sequences[:, -grid:].repeat(1, grid)[:, : grid**2 - written]
                 pixels = self.model.decode_image_tokens(torch.cat([sequences, padding], dim=1))
                 [picture] = self.processor.post_process_multimodal_output(pixels, generation_mode="image")
                 picture.paste("grey", (0, picture.height * rows // grid, picture.width, picture.height))

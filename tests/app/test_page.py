@@ -92,7 +92,7 @@ def test_the_frame_that_is_asked_for_is_read(frame, number, handlers):
         assert picture.tobytes() == expected.tobytes()
     prompt = {"text": "Turn this CT into an MRI.", "files": [VOLUME]}
     sliders = (slider for slider, *_ in handlers.draw(prompt, "generation", frame, *GREEDY))
-    given, drawn = next(slider["value"] for slider in sliders if "value" in slider)
+    given, drawn = next(slider for slider in sliders if isinstance(slider, tuple))
     assert given.tobytes() == expected.resize(drawn.size, Image.Resampling.LANCZOS).tobytes()
 
 

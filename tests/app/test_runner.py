@@ -5,12 +5,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from conftest import cases_of, inputs_of, messages_of
 
+from healthgpt.app.common import NANO
+from healthgpt.app.common import load as load_checkpoint
 from healthgpt.app.runner import Runner
 from healthgpt.explain import look_inside, plots
+from healthgpt.phantoms.anatomy import draw_brain_pair
+from healthgpt.phantoms.samples import INSTRUCTIONS
 
 CASES = ("comprehension/0", "comprehension/1", "comprehension/2", "comprehension/two_pictures")
 QUESTION = [{"role": "user", "content": "What is this?"}]
@@ -69,6 +74,21 @@ def test_answers_and_drawings_grow_into_those_that_are_published(runner, checkpo
     assert (
         rows == sorted(rows) and rows[-1] == 8 and {picture is None for picture, rows in drawn if rows == 0} <= {True}
     )
+
+
+def test_the_rows_of_a_drawing_look_as_they_will_in_the_whole():
+    """The decoder sees the rows to come too: what stands for them must not colour those that are written."""
+    runner = Runner(*load_checkpoint(NANO, "cpu", None))
+    ct, _ = draw_brain_pair(np.random.default_rng(0))
+    content = [{"type": "image", "image": ct.picture}, {"type": "text", "text": INSTRUCTIONS["ct_to_mri"]}]
+    *drawn, (whole, _) = runner.draw([{"role": "user", "content": content}], "generation")
+    runner.close()
+    parts = {rows: picture for picture, rows in drawn if rows > 1}
+    assert parts
+    for rows, picture in parts.items():
+        box = (0, 0, whole.width, whole.height * rows // 8)
+        written, final = (np.asarray(image.convert("RGB").crop(box), dtype=float) for image in (picture, whole))
+        assert np.abs(written - final).mean() < 30
 
 
 def test_what_is_looked_into_is_what_was_written(runner, checkpoints, monkeypatch):

@@ -219,7 +219,8 @@ def load(folder: Path):
 
 def train(model, processor, stage: Stage, samples: dict[str, Dataset], folder: Path, steps: int) -> None:
     """Runs one stage, or takes its result from an earlier run."""
-    answering = start_fusion(model, list(stage.tasks)) if "token_tables" in stage.recipe.learning_rates else {}
+    rates = stage.recipe.learning_rates
+    answering = start_fusion(model, list(stage.tasks)) if "token_tables" in rates else {}
     rows = [row for task in stage.tasks for row in select(samples[task], stage.instructions)]
     arguments = training_arguments(
         stage.recipe,
@@ -249,8 +250,9 @@ def train(model, processor, stage: Stage, samples: dict[str, Dataset], folder: P
     else:
         trainer.train()
         trainer.save_model(folder)
-    for task, tables in answering.items():
-        model.use_token_tables(tables, [task])
+    if "plugin" not in rates:  # else a task keeps the tables that its plugin was trained with
+        for task, tables in answering.items():
+            model.use_token_tables(tables, [task])
 
 
 def select(rows: Dataset, beginnings: tuple[str, ...]) -> Dataset:

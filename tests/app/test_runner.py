@@ -88,7 +88,7 @@ def test_the_rows_of_a_drawing_look_as_they_will_in_the_whole():
     for rows, picture in parts.items():
         box = (0, 0, whole.width, whole.height * rows // 8)
         written, final = (np.asarray(image.convert("RGB").crop(box), dtype=float) for image in (picture, whole))
-        assert np.abs(written - final).mean() < 30
+        assert np.abs(written - final).mean() < 20
 
 
 def test_what_is_looked_into_is_what_was_written(runner, checkpoints, monkeypatch):

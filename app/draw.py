@@ -42,7 +42,9 @@ def draw(
     sheet: Annotated[
         Path | None, typer.Option(help="Picture to write with input and output side by side, for example sheet.png.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Sample with this seed instead of drawing greedily.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Sample with this seed instead of drawing greedily.")
+    ] = None,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -61,6 +63,9 @@ def draw(
     if sheet is not None and sheet.resolve() == output.resolve():
         raise ValueError(f"--sheet and --output are the same file, {output}: name two.")
     paths, instruction = split_arguments(arguments)
+    for path in (output, sheet):
+        if path is not None and path.resolve() in [given.resolve() for given in paths]:
+            raise ValueError(f"{path} is one of the pictures given, which would be lost: name another file to write.")
     if keep_aspect_ratio and len(paths) != 1:
         raise ValueError(f"--keep-aspect-ratio needs one picture whose size to take, and {len(paths)} are given.")
     pictures = open_all(paths, frame)

@@ -55,12 +55,15 @@ def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = Fal
     Raises:
         CheckpointError: if there is no such task, or it cannot be taken out.
         FileExistsError: if the output exists.
+        FileNotFoundError: if the folder that it shall lie in does not.
     """
     config, weight_map = read_checkpoint(checkpoint)
     if task not in config.tasks:
         raise CheckpointError(f"{checkpoint} has no task {task!r}; it has {', '.join(config.tasks)}.")
     if output.exists():
         raise FileExistsError(f"{output} exists already.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"The folder {output.parent} does not exist.")
     owned = {name for name in weight_map if task_of(name, config) == task}
     copied, tables = owned, config.tasks[task].token_tables
     if published and tables is not None:  # other tasks may use them too

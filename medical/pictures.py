@@ -56,6 +56,8 @@ def count_frames(path: str | Path) -> int:
 
 def _open(path: Path):
     try:
+        if path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder, and not a picture file.")
         if not path.is_file():
             raise ValueError(f"There is no picture file {str(path)!r}.")
         with open(path, "rb") as file:

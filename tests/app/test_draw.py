@@ -101,7 +101,9 @@ def test_mistakes(folder, tmp_path):
         ([RETINA, RETINA, "Draw.", "--keep-aspect-ratio", *output], "and 2 are given"),
         (["Draw.", "--sheet", tmp_path / "sheet.txt", *output], "sheet.txt has no ending of a picture format"),
         (["Draw.", "--sheet", tmp_path / "nowhere/sheet.png", *output], "nowhere does not exist"),
-        ([tmp_path, "Draw.", *output], "There is no picture file"),
+        ([tmp_path, "Draw.", *output], "is a folder, and not a picture file"),
+        ([RETINA, "Draw.", "-o", RETINA], "is one of the pictures given, which would be lost"),
+        ([RETINA, "Draw.", "--sheet", RETINA, *output], "is one of the pictures given, which would be lost"),
         ([RETINA, "Draw.", "--frame", 1, *output], "has no frame 1: it has 1, numbered from 0 to 0"),
         (["Draw.", "--sheet", tmp_path / "../" / tmp_path.name / "out.png", *output], "are the same file"),
     ):

@@ -207,6 +207,8 @@ def test_what_does_not_fit_leaves_the_checkpoint_as_it_was(folder, tmp_path, che
             call()
     with pytest.raises(FileExistsError, match="exists already"):
         extract_plugin(folder, "generation", plugin)
+    with pytest.raises(FileNotFoundError, match=r"The folder .*nowhere does not exist\.$"):
+        extract_plugin(folder, "generation", tmp_path / "nowhere/x")
     for call in (
         lambda: add_plugin(folder, plugin, name="other"),
         lambda: extract_plugin(folder, "generation", tmp_path / "x"),

@@ -53,7 +53,8 @@ Pictures that nobody here drew, which it was never meant for:
 {real}
 """
 COMPARISON = """Ways of training it, as the paper compares them (accuracies in percent, then the mean of SSIM and PSNR over the drawing tasks; the
-mixed stage has as many steps as the three together):
+mixed stage has as many steps as the three together). Only stage 2 and the mixed stage train the rows of the token tables that are the
+image codes: without them, what is drawn is noise.
 
 | way | modality | finding, yes or no | finding, open | drawing |
 |---|---|---|---|---|

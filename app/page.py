@@ -138,7 +138,7 @@ class Handlers:
             total, shown = self.runner.model.config.vqgan_config.grid_size, None
             nothing = gr.skip(), gr.skip()
             for picture, rows in self.runner.draw(messages, task, **sampling(*controls)):
-                if shown is None:  # without pictures: one that comes with its visibility may lose to the one before it
+                if shown is None:  # alone, since with a new picture Gradio may read the one before it back
                     yield gr.update(visible=bool(given)), gr.update(visible=not given), *nothing
                     shown = 0
                 if rows == shown:

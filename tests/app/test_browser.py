@@ -136,9 +136,7 @@ def finished(page):
 
 
 def keep(page, name):
-    page.evaluate(
-        "Promise.allSettled([...document.images].map(image => image.decode()))"
-    )  # what is shown, not what was
+    page.evaluate("Promise.allSettled([...document.images].map(image => image.decode()))")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
 

@@ -94,7 +94,9 @@ def test_a_size_that_the_format_cannot_hold_is_refused_before_the_model_is_loade
     )
 
 
-def test_mistakes(folder, tmp_path):
+def test_mistakes(folder, tmp_path, tmp_path_factory):
+    given = tmp_path_factory.mktemp("given") / "retina.png"
+    given.write_bytes(RETINA.read_bytes())
     output = ["-c", folder, "-o", tmp_path / "out.png"]
     for arguments, message in (
         (["Draw.", "--keep-aspect-ratio", *output], "needs one picture whose size to take, and 0 are given"),
@@ -102,8 +104,8 @@ def test_mistakes(folder, tmp_path):
         (["Draw.", "--sheet", tmp_path / "sheet.txt", *output], "sheet.txt has no ending of a picture format"),
         (["Draw.", "--sheet", tmp_path / "nowhere/sheet.png", *output], "nowhere does not exist"),
         ([tmp_path, "Draw.", *output], "is a folder, and not a picture file"),
-        ([RETINA, "Draw.", "-o", RETINA], "is one of the pictures given, which would be lost"),
-        ([RETINA, "Draw.", "--sheet", RETINA, *output], "is one of the pictures given, which would be lost"),
+        ([given, "Draw.", "-o", given], "is one of the pictures given, which would be lost"),
+        ([given, "Draw.", "--sheet", given, *output], "is one of the pictures given, which would be lost"),
         ([RETINA, "Draw.", "--frame", 1, *output], "has no frame 1: it has 1, numbered from 0 to 0"),
         (["Draw.", "--sheet", tmp_path / "../" / tmp_path.name / "out.png", *output], "are the same file"),
     ):

@@ -21,7 +21,9 @@ from .common import (
 )
 
 evaluation = typer.Typer(
-    help="Scores answers on benchmarks and drawn pictures against true ones.", no_args_is_help=True
+    help="Scores answers on benchmarks and drawn pictures against true ones.\n\n"
+    "Example: healthgpt eval answers vqa_rad vqa-rad -c HealthGPT-M3 -o results/vqa_rad",
+    no_args_is_help=True,
 )
 
 Output = Annotated[
@@ -96,9 +98,10 @@ def draw(
     Example: healthgpt eval draw pairs.jsonl -c HealthGPT-M3 -o results/ct_to_mri --name ct_to_mri_brain
     """
     with working("Starting"):
-        from ..evaluation import Records, draw_samples, state_of
+        from ..evaluation import Records, draw_samples, load_lpips, state_of
         from ..training import read_samples
 
+        measure = load_lpips() if lpips else None
     settings = {"checkpoint": checkpoint, "data": str(data), "task": task, "limit": limit, "dtype": dtype}
     settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
     model, processor = load(checkpoint, device, dtype)
@@ -114,7 +117,7 @@ def draw(
             model, processor, samples, output / "drawn", records, batch_size, lambda n: progress.advance(bar, n)
         )
     pairs = [(output / f"drawn/{number}.png", sample["target_image"]) for number, sample in enumerate(samples)]
-    report_pairs(pairs, output, name, settings, lpips, as_json, resize=True)
+    report_pairs(pairs, output, name, settings, measure, as_json, resize=True)
 
 
 @evaluation.command("pictures")
@@ -132,20 +135,23 @@ def pictures(
     Example: healthgpt eval pictures drawn true -o results/ct_to_mri --name ct_to_mri_brain
     """
     with working("Starting"):
-        from ..evaluation import pair_folders
+        from ..evaluation import load_lpips, pair_folders
 
+        measure = load_lpips() if lpips else None
     settings = {"drawn": str(drawn), "true": str(true)}
-    report_pairs(pair_folders(drawn, true), output, name, settings, lpips, as_json, resize=False)
+    report_pairs(pair_folders(drawn, true), output, name, settings, measure, as_json, resize=False)
 
 
-def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool, as_json: bool, resize: bool) -> None:
-    """Compares pairs of files; `resize` brings true pictures to the size of the drawn ones, which else must be theirs."""
+def report_pairs(pairs, output: Path, name: str, settings: dict, lpips, as_json: bool, resize: bool) -> None:
+    """
+    Compares pairs of files, also by LPIPS if that is given; `resize` brings true pictures to the size of the drawn ones, which else
+    must be theirs.
+    """
     from PIL import Image
 
-    from ..evaluation import compare_pictures, load_lpips, summarise_pictures, write_report
+    from ..evaluation import compare_pictures, summarise_pictures, write_report
     from ..medical import open_picture
 
-    measure = load_lpips() if lpips else None
     scores = []
     with bars() as progress:
         for paths in progress.track(pairs, description="Comparing"):
@@ -156,7 +162,7 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips: bool, as
                 left, right = paths
                 raise ValueError(f"{left} has {drawn.size} pixels and {right} {true.size}: they cannot be compared.")
             score = compare_pictures(drawn, true)
-            scores.append(score | ({"LPIPS": measure(drawn, true)} if lpips else {}))
+            scores.append(score if lpips is None else score | {"LPIPS": lpips(drawn, true)})
     output.mkdir(parents=True, exist_ok=True)
     summary = summarise_pictures(scores)
     print_result(as_json, write_report(output, name, summary, settings), summary)

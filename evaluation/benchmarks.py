@@ -111,9 +111,20 @@ def open_all(paths: list[Path]) -> list:
     return [open_picture(path) for path in paths]
 
 
+def objects(file: Path) -> list[dict]:
+    """The content of a JSON file."""
+    try:
+        rows = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}.") from error
+    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise ValueError(f"{file} is no list of objects.")
+    return rows
+
+
 def read_slake(path: Path, split: str) -> Iterator[Item]:
     """The English questions; the file says which are closed."""
-    for row in json.loads((path / f"{split}.json").read_text(encoding="utf-8")):
+    for row in objects(path / f"{split}.json"):
         if row["q_lang"] == "en":
             picture = path / "imgs" / row["img_name"]
             kind = row["answer_type"].lower()
@@ -146,7 +157,7 @@ def read_omnimedvqa(path: Path, split: str) -> Iterator[Item]:
     if not files:
         raise FileNotFoundError("QA_information/Open-access/*.json")
     for file in files:
-        for row in json.loads(file.read_text(encoding="utf-8")):
+        for row in objects(file):
             options = [row[f"option_{letter}"] for letter in "ABCD" if row.get(f"option_{letter}")]
             if row["gt_answer"] not in options:
                 raise ValueError(f"{row['question_id']} in {file} has an answer that is none of its options.")
@@ -156,7 +167,7 @@ def read_omnimedvqa(path: Path, split: str) -> Iterator[Item]:
 
 def read_samples(path: Path, split: str) -> Iterator[Item]:
     """JSON lines with `instruction`, `response` and `input_image`."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # what is no UTF-8 belongs to a line too
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)

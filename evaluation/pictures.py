@@ -21,21 +21,22 @@ def pair_folders(drawn: Path, true: Path) -> list[tuple[Path, Path]]:
     Pairs the pictures of two folders by their names without endings.
 
     Raises:
-        ValueError: if a picture has no partner or two, or there is none.
+        ValueError: if a picture has no partner or two, or a folder has none.
     """
     found = []
     for folder in (drawn, true):
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder.")
         paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in Image.registered_extensions()]
+        if not paths:
+            raise ValueError(f"{folder} has no pictures.")
         found.append({path.stem: path for path in paths})
         if len(found[-1]) < len(paths):
             name = next(path.stem for path in paths if path not in found[-1].values())
             raise ValueError(f"{folder} cannot be paired by names: two pictures are named {name!r}.")
     alone = found[0].keys() ^ found[1].keys()
-    if alone or not found[0]:
-        name = f"{sorted(alone)[0]!r} lies in only one of them" if alone else "they have no pictures"
-        raise ValueError(f"{drawn} and {true} are no paired folders: {name}.")
+    if alone:
+        raise ValueError(f"{drawn} and {true} are no paired folders: {sorted(alone)[0]!r} lies in only one of them.")
     return [(found[0][name], found[1][name]) for name in sorted(found[0])]
 
 

@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..hub_export.write import write_json
+
 
 def state_of(path: str | Path) -> str | None:
     """A hash of the names, sizes and times of a file or of all files of a folder; `None` for what is not on this disk."""
@@ -30,9 +32,10 @@ class Records:
     def __init__(self, folder: Path, settings: dict):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, run = folder / "records.jsonl", folder / "run.json"
-        if run.exists() and json.loads(run.read_text()) != settings:
+        if not run.exists():
+            write_json(run, settings)
+        elif json.loads(run.read_text()) != settings:
             raise ValueError(f"{folder} holds a run with other settings (its run.json): choose another folder.")
-        run.write_text(json.dumps(settings, indent=2) + "\n")
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         if lines and not lines[-1].endswith("\n"):  # a kill left half a line
             lines = lines[:-1]

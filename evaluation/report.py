@@ -1,9 +1,9 @@
 """Results as one JSON file and one Markdown table beside the published figures."""
 
-import json
 from pathlib import Path
 
 from ..hub_export.presets import PRESETS
+from ..hub_export.write import write_json
 
 
 def write_report(folder: Path, benchmark: str, summary: dict[str, dict], facts: dict) -> str:
@@ -20,7 +20,7 @@ def write_report(folder: Path, benchmark: str, summary: dict[str, dict], facts: 
         `str`: The table.
     """
     content = {"benchmark": benchmark, **facts, "results": summary}
-    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "results.json", content)
     published = {preset.name: preset.results[benchmark] for preset in PRESETS.values() if benchmark in preset.results}
     lines = [f"| {benchmark} | here | 95 % interval | number | {' | '.join(published)}".rstrip(" |") + " |"]
     lines.append("|---" * (4 + len(published)) + "|")

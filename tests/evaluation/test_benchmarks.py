@@ -89,16 +89,35 @@ def test_omnimedvqa(tmp_path):
         list(read_benchmark("omnimedvqa", tmp_path))
 
 
-@pytest.mark.parametrize("line", ["{]", "[]", '{"instruction": "Why?"}', '{"instruction": "Why?", "response": null}'])
+LINES = (
+    b"{]",
+    b"[]",
+    b'{"instruction": "Why?"}',
+    b'{"instruction": "Why?", "response": null}',
+    b'{"instruction": "\xff"}',
+)
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_samples_that_are_none(tmp_path, line):
     good = json.dumps({"instruction": "Why?", "response": "No", "input_image": "a.png"})
-    (tmp_path / "samples.jsonl").write_text(f"{good}\n{line}\n")
+    (tmp_path / "samples.jsonl").write_bytes(good.encode() + b"\n" + line + b"\n")
     items = read_benchmark("samples", tmp_path / "samples.jsonl")
     item = next(items)
     shutil.copy(PICTURE, tmp_path / "a.png")
     assert item.kind == "closed" and item.pictures()[0].size == PIL.Image.open(PICTURE).size
     with pytest.raises(ValueError, match=r"Line 2 of .*samples.jsonl is no sample"):
         next(items)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{]", "test.json is no JSON: Exp"), ('{"a": 1}', "no list of objects"), ("[1]", "no list of obj")],
+)
+def test_files_of_another_content(tmp_path, content, message):
+    (tmp_path / "test.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_benchmark("slake", tmp_path))
 
 
 def test_what_is_no_benchmark(tmp_path):

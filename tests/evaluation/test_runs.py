@@ -141,11 +141,15 @@ def test_the_command_line(data, checkpoints, tmp_path):
 def test_folders_that_are_no_pairs(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match="they have no pictures"):
+    with pytest.raises(ValueError, match="a has no pictures"):
         pair_folders(tmp_path / "a", tmp_path / "b")
     Image.new("RGB", (8, 8)).save(tmp_path / "a/1.png")
+    with pytest.raises(ValueError, match="b has no pictures"):
+        pair_folders(tmp_path / "a", tmp_path / "b")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b/2.png")
     with pytest.raises(ValueError, match="'1' lies in only one of them"):
         pair_folders(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/2.png").unlink()
     Image.new("RGB", (8, 8)).save(tmp_path / "b/1.bmp")
     assert pair_folders(tmp_path / "a", tmp_path / "b") == [(tmp_path / "a/1.png", tmp_path / "b/1.bmp")]
     Image.new("RGB", (8, 8)).save(tmp_path / "a/2.PNG", format="png")

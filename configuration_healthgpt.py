@@ -48,6 +48,8 @@ class TaskConfig:
                 f"An H-LoRA's rank must be a positive multiple of its number of experts, got rank {self.rank} "
                 f"and {self.num_experts} experts."
             )
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"An H-LoRA's alpha must be a positive number, got {self.alpha}.")
 
 
 class HealthGPTVQGANConfig(PreTrainedConfig):

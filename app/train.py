@@ -1,6 +1,7 @@
 """`healthgpt train`: one stage of training, from a checkpoint and JSON lines to a plugin or a checkpoint."""
 
 import contextlib
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,12 +31,12 @@ def train(
     experts: Annotated[int | None, typer.Option(min=1, help="Experts of the new task; 4 as published.")] = None,
     alpha: Annotated[float | None, typer.Option(help="H-LoRA alpha of the new task; twice its rank.")] = None,
     eval_data: Annotated[Path | None, typer.Option(help="JSON lines whose loss is logged after every epoch.")] = None,
-    epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = 1.0,
-    max_steps: Annotated[int, typer.Option(help="Optimiser steps, in place of --epochs.")] = -1,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps, in place of --epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples of a step, over all processes.")] = None,
     per_device_batch_size: Annotated[int, typer.Option(min=1, help="Samples that a process takes at once.")] = 1,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of plugin or token tables; those of the projector are scaled with it.")
+        float | None, typer.Option(min=0, help="Of plugin or token tables; those of the projector are scaled with it.")
     ] = None,
     dropout: Annotated[float | None, typer.Option(min=0, max=1, help="Dropout of H-LoRA.")] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of the longest sample.")] = 2048,
@@ -45,7 +46,7 @@ def train(
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 500,
     logging_steps: Annotated[int, typer.Option(min=1, help="Steps between two lines of the log.")] = 10,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of order, dropout and new weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of order, dropout and new weights.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     as_json: AsJson = False,
     device: Device = None,
@@ -76,6 +77,8 @@ def train(
             training_arguments,
         )
 
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"--epochs is a number above 0, not {epochs}.")
     if stage not in STAGES:
         raise ValueError(f"There is no stage {stage!r}; choose one of {', '.join(STAGES)}.")
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -115,7 +118,7 @@ def train(
         output,
         per_device_batch_size,
         num_train_epochs=epochs,
-        max_steps=max_steps,
+        max_steps=max_steps or -1,
         save_steps=save_steps,
         logging_steps=logging_steps,
         eval_strategy="no" if held_out is None else "epoch",

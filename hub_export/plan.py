@@ -380,8 +380,6 @@ def task_config(name: str, kind: str, tensors: dict[str, LazyTensor], alpha: flo
         sizes[factor] = shapes.pop()
     rank, num_experts = sizes["lora_A"], sizes["lora_route"]
     alpha = 2 * rank if alpha is None else alpha
-    if not math.isfinite(alpha) or alpha <= 0:
-        raise CheckpointError(f"The alpha of the {name} plugin must be a positive number, got {alpha}.")
     try:
         if kind == "text":
             return TaskConfig("text", rank, alpha, num_experts, vision_layer=-2)

@@ -51,7 +51,7 @@ def read_samples(path: Path, config, default_task: str | None = None) -> Dataset
         ValueError: if a line is no sample, or a picture is missing or none; the sentence names the line.
     """
     rows, seen = [], set()
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # what is no UTF-8 belongs to a line too
         for number, line in enumerate(file, 1):
             try:
                 rows.append(check_sample(json.loads(line), path.parent, config, default_task))

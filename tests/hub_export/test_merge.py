@@ -125,7 +125,9 @@ def test_sources_that_cannot_go_together():
 def test_alphas_that_mean_nothing(files, alpha):
     sources, output = files
     refused(
-        replace(sources, comprehension_alpha=alpha), output, "alpha of the comprehension plugin must be a positive"
+        replace(sources, comprehension_alpha=alpha),
+        output,
+        "com_hlora_weights.bin cannot be used: An H-LoRA's alpha must be a positive number",
     )
 
 

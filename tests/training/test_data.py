@@ -186,6 +186,9 @@ def test_files_that_are_no_json_lines(data, m3):
     (data / "bad.jsonl").write_text("{]\n")
     with pytest.raises(ValueError, match=r"Line 1 of .* is no sample: Expecting property name"):
         read_samples(data / "bad.jsonl", m3[1].config)
+    (data / "bad.jsonl").write_bytes((data / "both.jsonl").read_bytes().splitlines()[0] + b"\n\xff\n")
+    with pytest.raises(ValueError, match=r"Line 2 of .* is no sample: 'utf-8' codec can't decode"):
+        read_samples(data / "bad.jsonl", m3[1].config)
     (data / "bad.jsonl").write_text("")
     with pytest.raises(ValueError, match="has no samples"):
         read_samples(data / "bad.jsonl", m3[1].config)

@@ -115,6 +115,8 @@ def main() -> None:
         typer.echo(f"Error: {TOO_LITTLE_MEMORY}", err=True)
         sys.exit(1)
     except (ValueError, OSError) as error:
-        sentence = re.sub(r"\s*\n\s*", " ", str(error))  # transformers' errors have several lines
+        named = isinstance(error, OSError) and error.filename is not None
+        sentence = f"{error.filename}: {error.strerror}." if named else str(error)
+        sentence = re.sub(r"\s*\n\s*", " ", sentence)  # transformers' errors have several lines
         typer.echo(f"Error: {sentence}", err=True)
         sys.exit(1)

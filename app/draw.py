@@ -89,11 +89,13 @@ def draw(
     if keep_aspect_ratio:
         picture = picture.resize(pictures[0].size, Image.Resampling.LANCZOS)
     save(picture, output)
+    lines = [f"{output} ({picture.width} x {picture.height} pixels)"]
     content = {"output": str(output), "width": picture.width, "height": picture.height, "task": task}
     if sheet is not None:
         save(side_by_side(pictures, picture), sheet)
+        lines.append(str(sheet))
         content["sheet"] = str(sheet)
-    print_result(as_json, f"{output} ({picture.width} x {picture.height} pixels)", content)
+    print_result(as_json, "\n".join(lines), content)
 
 
 def require_picture_path(path: Path, size: tuple[int, int] = (16, 16)) -> None:
@@ -105,7 +107,7 @@ def require_picture_path(path: Path, size: tuple[int, int] = (16, 16)) -> None:
         Image.new("RGB", size).save(io.BytesIO(), name or "")
     except (KeyError, OSError, ValueError) as error:
         raise ValueError(
-            f"{path} has no ending of a picture format that Pillow writes in this size, such as .png."
+            f"{path} has no ending of a picture format that Pillow writes in this size, such as .png, .jpg or .tif."
         ) from error
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the picture in it.")

@@ -11,7 +11,10 @@ from rich.table import Table
 
 from .common import AsJson, count_parameters, on_terminal, print_json, print_result, working
 
-plugins = typer.Typer(help="Lists the plugins of a checkpoint, takes one out, puts one in.", no_args_is_help=True)
+plugins = typer.Typer(
+    help="Lists the plugins of a checkpoint, takes one out, puts one in.\n\nExample: healthgpt plugin list HealthGPT-M3",
+    no_args_is_help=True,
+)
 
 Public = Annotated[bool, typer.Option("--public", help="Make a new repository public; by default private.")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request on the repository.")]
@@ -202,9 +205,12 @@ def extract_plugin(
 def add_plugin(
     checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
     plugin: Annotated[Path, typer.Argument(help="Folder of a plugin, as extract makes it, or a published .bin file.")],
-    name: Annotated[str | None, typer.Option(help="Name of the task in this checkpoint; by default its own.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the task in this checkpoint; by default its own, which a .bin file does not have."),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Take the place of a task of that name.")] = False,
-    kind: Annotated[str | None, typer.Option(help="Of a .bin file: text or image.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Of a .bin file, which needs it: text or image.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Of a .bin file; by default twice its rank.")] = None,
     fusion: Annotated[Path | None, typer.Option(help="fusion_layer_weights.bin that goes with a .bin file.")] = None,
     as_json: AsJson = False,

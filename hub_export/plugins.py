@@ -136,7 +136,7 @@ def add_plugin(
         sources = [plugin / WEIGHTS_NAME]
     if name in config.tasks and not replace:
         raise CheckpointError(
-            f"{checkpoint} has a task {name!r} already: give the plugin another name, or ask for it to be replaced."
+            f"{checkpoint} has a task {name!r} already: give the plugin another name, or set replace to take its place."
         )
     replaced = {key for key in weight_map if task_of(key, config) == name}
     if any(weight_map[key] != plugin_file(name) for key in replaced):
@@ -185,6 +185,8 @@ def read_plugin(
     folder: Path, name: str | None, config: HealthGPTConfig
 ) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
     """Name, settings and tensors of a plugin that lies alone, under the new name if there is one."""
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{folder} is no plugin: it has no {CONFIG_NAME}.")
     content = read_json(folder / CONFIG_NAME)
     with reading(folder / CONFIG_NAME):
         old, task = content["name"], TaskConfig(**content["task"])
@@ -206,9 +208,7 @@ def read_published(
 ) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
     """Name, settings and tensors of a published plugin; see [`add_plugin`]."""
     if name is None or kind not in KINDS.values():
-        raise CheckpointError(
-            f"{file} does not say what it is: give the name of its task and its kind, text or image."
-        )
+        raise CheckpointError(f"{file} does not say what it is: set name, that of its task, and kind, text or image.")
     tensors = read_file(file)
     task = task_config(name, kind, tensors, alpha)
     transfers, _ = transfers_of(tensors, rules.plugin(name), file)

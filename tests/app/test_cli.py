@@ -184,6 +184,7 @@ def test_plugins_are_listed_taken_out_and_put_in(healthgpt, folder, tmp_path):
         (["ask", "-c", "FOLDER", "--device", "abacus", "What?"], "The device 'abacus' cannot be used here"),
         (["ask", "-c", GOLDEN, "What?"], "is no HealthGPT checkpoint: it has no config.json"),
         (["export", "--output", "out", "--preset", "m5"], "no preset 'm5'; choose one of m3, l14, xl32"),
+        (["train", "nowhere.jsonl", "-c", "FOLDER", "-o", "out"], "Error: nowhere.jsonl: No such file or directory.$"),
         (["export", "--output", "out", "--base", "x"], "The export needs --vision, or a --preset"),
         (
             ["export", "--output", "out", "--preset", "l14"],
@@ -234,6 +235,9 @@ def test_every_command_has_help_with_an_example_and_prints_json():
                 assert option.help and not (option.required and isinstance(option.show_default, str))
         result = CliRunner().invoke(app, [*words, "--help"])
         assert result.exit_code == 0 and "Example:" in result.stdout
+    for group in ([], ["eval"], ["plugin"]):
+        result = CliRunner().invoke(app, [*group, "--help"])
+        assert result.exit_code == 0 and " ".join(["Example: healthgpt", *group]) in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ RETINA = GOLDEN / "images/retina.png"  # 180 x 140 pixels
 
 def test_the_size_of_the_input_and_a_sheet(folder, tmp_path):
     square, wide, sheet = (tmp_path / f"{name}.png" for name in ("square", "wide", "sheet"))
-    result = draw(RETINA, "Reconstruct the image.", "-c", folder, "-o", square)
-    assert result.stdout == f"{square} (32 x 32 pixels)\n", result.output
+    result = draw(RETINA, "Reconstruct the image.", "-c", folder, "-o", square, "--sheet", sheet)
+    assert result.stdout == f"{square} (32 x 32 pixels)\n{sheet}\n", result.output
     options = ["--keep-aspect-ratio", "--sheet", sheet, "--json"]
     result = draw(RETINA, "Reconstruct the image.", "-c", folder, "-o", wide, *options)
     assert json.loads(result.stdout) == {

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from .ask import ask
 from .bench import bench
@@ -79,7 +79,8 @@ def info(
         print_json(content)
         return
     console = Console()
-    tasks = Table("task", "puts out", "rank", "alpha", "experts", "vision layer", "token tables", title="Tasks")
+    columns = ("puts out", "rank", "alpha", "experts", "vision layer", "token tables")
+    tasks = Table(Column("task", no_wrap=True), *columns, title="Tasks")
     for name, task in config.tasks.items():
         row = (
             name,

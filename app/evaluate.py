@@ -149,7 +149,7 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips, as_json:
     """
     from PIL import Image
 
-    from ..evaluation import compare_pictures, summarise_pictures, write_report
+    from ..evaluation import Records, compare_pictures, summarise_pictures, write_report
     from ..medical import open_picture
 
     scores = []
@@ -163,6 +163,6 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips, as_json:
                 raise ValueError(f"{left} has {drawn.size} pixels and {right} {true.size}: they cannot be compared.")
             score = compare_pictures(drawn, true)
             scores.append(score if lpips is None else score | {"LPIPS": lpips(drawn, true)})
-    output.mkdir(parents=True, exist_ok=True)
+    Records(output, settings)  # makes the folder, and refuses that of another run
     summary = summarise_pictures(scores)
     print_result(as_json, write_report(output, name, summary, settings), summary)

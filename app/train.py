@@ -47,7 +47,9 @@ def train(
     logging_steps: Annotated[int, typer.Option(min=1, help="Steps between two lines of the log.")] = 10,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of order, dropout and new weights.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output, whose options stay.")
+    ] = False,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,

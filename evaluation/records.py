@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..hub_export.families import read_json
+from ..hub_export.sources import reading
 from ..hub_export.write import write_json
 
 
@@ -26,7 +28,7 @@ class Records:
         settings (`dict`): What makes this run differ from others.
 
     Raises:
-        ValueError: if the folder holds a run of other settings.
+        ValueError: if the folder holds a run of other settings, or its files are damaged.
     """
 
     def __init__(self, folder: Path, settings: dict):
@@ -34,13 +36,14 @@ class Records:
         self.path, run = folder / "records.jsonl", folder / "run.json"
         if not run.exists():
             write_json(run, settings)
-        elif json.loads(run.read_text()) != settings:
+        elif read_json(run) != settings:
             raise ValueError(f"{folder} holds a run with other settings (its run.json): choose another folder.")
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         if lines and not lines[-1].endswith("\n"):  # a kill left half a line
             lines = lines[:-1]
             self.path.write_text("".join(lines), encoding="utf-8")
-        self.done = {record["name"]: record for record in map(json.loads, lines)}
+        with reading(self.path):
+            self.done = {record["name"]: record for record in map(json.loads, lines)}
 
     def add(self, records: list[dict]) -> None:
         """Keeps what one batch gave; every record has a `name` of its own."""

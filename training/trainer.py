@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from ..hub_export.sources import reading
 from .recipes import Recipe
 from .tasks import parts_of
 
@@ -107,11 +108,17 @@ class HealthGPTTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        saved, trained = load_file(Path(resume_from_checkpoint) / TRAINED_NAME), self.trained_state()
-        if saved.keys() != trained.keys():
-            raise ValueError(f"{resume_from_checkpoint} is of a training of other parts.")
+        path, trained = Path(resume_from_checkpoint) / TRAINED_NAME, self.trained_state()
+        with reading(path):
+            saved = load_file(path)
+        if {name: value.shape for name, value in saved.items()} != {n: value.shape for n, value in trained.items()}:
+            raise ValueError(f"{resume_from_checkpoint} is of a training of other parts, or of other sizes.")
         for name, value in trained.items():
             value.data.copy_(saved[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
 
 def last_checkpoint(output: Path) -> str | None:

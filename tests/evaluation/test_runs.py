@@ -61,6 +61,14 @@ def test_batches_give_the_golden_answers_and_a_killed_run_goes_on(m3, tmp_path, 
     assert len((tmp_path / "run/records.jsonl").read_text().splitlines()) == len(items)
     with pytest.raises(ValueError, match="holds a run with other settings"):
         Records(tmp_path / "run", {"checkpoint": "other"})
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    refused = run("pictures", tmp_path, tmp_path, "-o", tmp_path / "run")
+    assert "holds a run with other settings" in str(refused.exception)
+    assert not (tmp_path / "run/results.json").exists()
+    with open(tmp_path / "run/records.jsonl", "a") as file:
+        file.write("{]\n")
+    with pytest.raises(ValueError, match=r"records.jsonl cannot be used: Expecting property name"):
+        Records(tmp_path / "run", settings)
 
 
 def test_accuracies_and_their_intervals():

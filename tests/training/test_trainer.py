@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from healthgpt.hub_export.plugins import add_plugin
@@ -24,6 +24,7 @@ from healthgpt.training import (
     save_plugin,
     training_arguments,
 )
+from healthgpt.training.trainer import TRAINED_NAME
 
 
 def trainer_of(data, model, processor, stage, name, output, batch_size=2, changes=None, **options):
@@ -139,6 +140,26 @@ def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(tmp_path):
     for number in (2, 10):
         (tmp_path / f"checkpoint-{number}/trainer_state.json").touch()
     assert last_checkpoint(tmp_path).endswith("checkpoint-10")
+
+
+@pytest.mark.parametrize("name", [TRAINED_NAME, "optimizer.pt"])
+def test_a_damaged_checkpoint_is_named(data, load, tmp_path, name):
+    model, processor = load("m3")
+    trainer = trainer_of(data, model, processor, "instruction", "comprehension", tmp_path, save_steps=1)
+    trainer.train()
+    (tmp_path / "checkpoint-1" / name).write_bytes((tmp_path / "checkpoint-1" / name).read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"checkpoint-1.* cannot be used: "):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_checkpoint_of_another_rank_is_refused(data, load, tmp_path):
+    model, processor = load("m3")
+    trainer = trainer_of(data, model, processor, "instruction", "comprehension", tmp_path, save_steps=1)
+    trainer.train()
+    saved = load_file(tmp_path / "checkpoint-1" / TRAINED_NAME)
+    save_file({key: value[:1].clone() for key, value in saved.items()}, tmp_path / "checkpoint-1" / TRAINED_NAME)
+    with pytest.raises(ValueError, match="checkpoint-1 is of a training of other parts, or of other sizes"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_gradient_checkpointing_and_accumulation_change_nothing(data, load, tmp_path):

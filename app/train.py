@@ -48,7 +48,7 @@ def train(
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of order, dropout and new weights.")] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --output, whose options stay.")
+        bool, typer.Option("--resume", help="Go on with the run in --output: the same command as before.")
     ] = False,
     as_json: AsJson = False,
     device: Device = None,

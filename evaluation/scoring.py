@@ -57,17 +57,18 @@ def chosen_option(answer: str, options: list[str]) -> int | None:
     """
     Index of the option that an answer chooses, or `None` if that cannot be told.
 
-    A letter counts if it is the whole answer or stands at its beginning with a bracket, dot, comma or colon; after "answer",
-    "option" or "choice"; or else if the text of exactly one option stands in the answer; or at last if a single letter
+    A letter counts if it is the whole answer or its first line, or stands at its beginning with a bracket, dot, comma or colon, or
+    as a capital other than A and I, which are words too; after "answer", "option" or "choice"; or else if the text of exactly one option stands in the answer; or at last if a single letter
     stands in brackets. Small letters count as capital ones, and marks of emphasis are passed over.
     """
     letters = string.ascii_uppercase[: len(options)]
     plain = answer.replace("*", "").strip()
-    named = r"(?i:\b(?:answer|option|choice)(?: is)?:?)"
+    named = r"(?i:\b(?:answer|option|choice)(?: is)?)(?::\s*|\s+)"
     for pattern in (
-        rf"^\(?((?i:[{letters}]))(?:[).:,]|$)",
-        rf"{named} \(?([{letters}])\b",
-        rf"{named} \(?([{letters.lower()}])(?:[).]|$)",  # not the article
+        rf"^[(\[]?((?i:[{letters}]))(?:[)\].:,\n]|$)",
+        rf"^((?![AI])[{letters}]) ",
+        rf"{named}[(\[]?([{letters}])\b",
+        rf"{named}[(\[]?([{letters.lower()}])(?:[)\].]|$)",  # not the article
     ):
         match = re.search(pattern, plain)
         if match:

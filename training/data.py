@@ -84,8 +84,11 @@ def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
         codes = row["target_codes"]
         if not (isinstance(codes, list) and len(codes) == count and all(code in range(number) for code in codes)):
             raise ValueError(f"target_codes must be a list of {count} whole numbers from 0 to {number - 1}.")
-    if "<image>" in row["instruction"]:
-        raise ValueError("its instruction has the token <image>, which the processor writes itself for every picture.")
+    for field in ("instruction", "response"):
+        if "<image>" in row.get(field, ""):
+            raise ValueError(
+                f"its {field} has the token <image>, which the processor writes itself for every picture."
+            )
     pictures = row.get("input_image", [])
     pictures = [pictures] if isinstance(pictures, str) else pictures
     if not (isinstance(pictures, list) and all(isinstance(picture, str) for picture in pictures)):

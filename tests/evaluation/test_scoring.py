@@ -68,6 +68,13 @@ def test_recall(answer, truth, share):
         ("**B**", 1),
         ("It is MRI (not (A) CT).", None),
         ("I choose (D) here.", 3),
+        ("B\nBecause of the contrast.", 1),
+        ("B because of the contrast.", 1),
+        ("A CT angiography is shown.", 2),
+        ("Answer:B", 1),
+        ("Answer:\nB", 1),
+        ("The answer is: [b].", 1),
+        ("[B]", 1),
     ],
 )
 def test_chosen_options(answer, index):

@@ -99,7 +99,7 @@ def test_the_sheet_shows_input_output_and_truth(small, tmp_path):
 
 
 def test_it_is_built_from_nothing_and_a_second_run_has_nothing_to_train(tmp_path, monkeypatch):
-    """At a hundredth of its steps and samples, which teach nothing."""
+    """At 0.3 % of its steps and samples, which teach nothing."""
     monkeypatch.setattr(nano, "REAL", GOLDEN / "images")
     nano.build(tmp_path / "work", tmp_path / "small", scale=0.003)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "small", trust_remote_code=True)

@@ -169,6 +169,7 @@ def test_codes_may_stand_in_place_of_a_picture(data, m3):
         (0, {"input_image": "cut.png"}, "cut.png.* is not a picture that can be read"),
         (0, {"task": ["comprehension"]}, r"its task is \['comprehension'\], but the tasks are"),
         (0, {"instruction": "What is <image>?"}, "its instruction has the token <image>"),
+        (0, {"response": "See <image> here."}, "its response has the token <image>"),
         (0, {"input_image": {"bytes": "x"}}, "input_image must be a path or a list of paths"),
         (0, {"picture": "ct.png"}, "the fields task, .*, target_codes and no others"),
     ],

@@ -63,7 +63,6 @@ def train(
     Example: healthgpt train pairs.jsonl -c HealthGPT-M3 -o ct-to-mri --task ct_to_mri --init-from generation
     """
     with working("Starting"):
-        import torch
         import transformers
 
         from ..training import (
@@ -87,8 +86,6 @@ def train(
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; --resume goes on with the run in it.")
     model, processor = load(checkpoint, device, dtype)
-    if (model.device.type, model.lm_head.weight.dtype) == ("cpu", torch.float16):
-        raise ValueError("float16 is trained on a GPU only: on the CPU choose --dtype bfloat16 or float32.")
     transformers.set_seed(seed)
     tasks = model.config.tasks
     if task is not None and task not in tasks:

@@ -38,8 +38,10 @@ def training_arguments(
         options: Options of `TrainingArguments`, also in place of those that the recipe says.
 
     Raises:
-        ValueError: if the recipe's batch is no multiple of what the processes take at once.
+        ValueError: if the recipe's batch is no multiple of what the processes take at once, or a CPU is to train float16.
     """
+    if (model.device.type, model.lm_head.weight.dtype) == ("cpu", torch.float16):
+        raise ValueError("float16 is trained on a GPU only: on the CPU choose bfloat16 or float32.")
     at_once = per_device_batch_size * int(os.environ.get("WORLD_SIZE", 1))
     if recipe.batch_size % at_once:
         raise ValueError(
@@ -111,7 +113,8 @@ class HealthGPTTrainer(Trainer):
         path, trained = Path(resume_from_checkpoint) / TRAINED_NAME, self.trained_state()
         with reading(path):
             saved = load_file(path)
-        if {name: value.shape for name, value in saved.items()} != {n: value.shape for n, value in trained.items()}:
+        before, now = ({name: value.shape for name, value in state.items()} for state in (saved, trained))
+        if before != now:
             raise ValueError(f"{resume_from_checkpoint} is of a training of other parts, or of other sizes.")
         for name, value in trained.items():
             value.data.copy_(saved[name])

@@ -125,8 +125,8 @@ def test_a_progress_bar_is_shown(healthgpt, pairs, checkpoints, tmp_path):
         (("--epochs", "inf"), "--epochs is a number above 0, not inf"),
         (("--task", "new", "--kind", "image", "--alpha", "nan"), "H-LoRA's alpha must be a positive number, got nan"),
         (
-            ("--dtype", "float16", "--device", "cpu"),
-            "float16 is trained on a GPU only: on the CPU choose --dtype bfloat16",
+            ("--dtype", "float16", "--device", "cpu", "--stage", "fusion"),
+            "float16 is trained on a GPU only: on the CPU choose bfloat16",
         ),
         (("--stage", "polish"), "no stage 'polish'; choose one of alignment, fusion, instruction"),
         (("--task", "new"), "Task 'new' is new: say its --kind"),

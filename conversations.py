@@ -29,7 +29,11 @@ def prepare(processor, messages: list, task: str | list[str]):
 
 
 def answer_batch(
-    model, processor, questions: list[tuple[list, str]], task: str = "comprehension", max_new_tokens: int = 1024
+    model,
+    processor,
+    questions: list[tuple[list, str]],
+    task: str | list[str] = "comprehension",
+    max_new_tokens: int = 1024,
 ) -> list[str]:
     """
     Answers questions greedily. In float32 the answers are those that each question gets alone.
@@ -37,7 +41,8 @@ def answer_batch(
     Args:
         model, processor: As `from_pretrained` loads them.
         questions (`list[tuple[list, str]]`): Pictures, of any kind that the processor takes, and the question about them.
-        task (`str`, defaults to `"comprehension"`): A task of the model that answers in words.
+        task (`str` or `list[str]`, defaults to `"comprehension"`): A task of the model that answers in words, or one for each
+            question.
         max_new_tokens (`int`, defaults to 1024): Longest answer.
 
     Returns:

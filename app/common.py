@@ -12,8 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -96,6 +98,15 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
     return model.to(device), processor
 
 
+def read(path: Path, model, processor, task: str | None):
+    """The samples of a file, of a task if they name none."""
+    from ..samples import read_samples
+
+    with bars(DownloadColumn()) as progress:
+        bar = progress.add_task(f"Reading {path.name}", total=path.stat().st_size)
+        return read_samples(path, model.config, processor, task, functools.partial(progress.advance, bar))
+
+
 def require_checkpoint(checkpoint: str) -> dict:
     """
     The content of a checkpoint's config.json; refuses what is neither a folder nor the name of a Hub repository, and checkpoints
@@ -166,10 +177,11 @@ def print_json(content: dict) -> None:
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
-def bars() -> Progress:
-    """Progress bars on stderr, if it is a terminal."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return on_terminal(*columns)
+def bars(count: ProgressColumn | None = None) -> Progress:
+    """Progress bars on stderr, if it is a terminal; by default they count to a number."""
+    return on_terminal(
+        TextColumn("{task.description}"), BarColumn(), count or MofNCompleteColumn(), TimeRemainingColumn()
+    )
 
 
 def working(what: str) -> Progress:

@@ -16,6 +16,7 @@ from .common import (
     bars,
     load,
     print_result,
+    read,
     require_kind,
     working,
 )
@@ -31,6 +32,13 @@ Output = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Samples done at once.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first so many.")]
+Name = Annotated[
+    str,
+    typer.Option(
+        help="Name in the table; those with published figures are ct_to_mri_brain, ct_to_mri_pelvis, mri_to_ct_brain, "
+        "mri_to_ct_pelvis, super_resolution and reconstruction."
+    ),
+]
 Lpips = Annotated[bool, typer.Option("--lpips", help="LPIPS too; needs torchvision.")]
 
 
@@ -40,7 +48,9 @@ def answers(
     data: Annotated[Path, typer.Argument(help="Its local copy, as the Hub has it; for samples, JSON lines.")],
     checkpoint: RequiredCheckpoint,
     output: Output,
-    split: Annotated[str | None, typer.Option(help="By default test, and validation for mmmu_med.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a benchmark; by default test, and validation for mmmu_med.")
+    ] = None,
     task: AnswerTask = "comprehension",
     batch_size: Batch = 8,
     limit: Limit = None,
@@ -55,17 +65,24 @@ def answers(
     Example: healthgpt eval answers vqa_rad vqa-rad -c HealthGPT-M3 -o results/vqa_rad
     """
     with working("Starting"):
-        from ..evaluation import Records, answer_items, read_benchmark, state_of, summarise_answers, write_report
+        from ..evaluation import Records, answer_items, items_of, read_benchmark, summarise_answers, write_report
+        from ..runs import state_of
 
-    with working("Reading the questions"):
-        items = list(itertools.islice(read_benchmark(benchmark, data, split), limit))
-    if not items:
-        raise ValueError(f"{data} has no questions.")
+    items = []
+    if benchmark != "samples":
+        with working("Reading the questions"):
+            items = list(itertools.islice(read_benchmark(benchmark, data, split), limit))
+    elif split is not None:
+        raise ValueError("--split is for benchmarks that have splits; samples are one file.")
     settings = {"checkpoint": checkpoint, "benchmark": benchmark, "data": str(data), "split": split, "task": task}
     settings |= {"limit": limit, "max_new_tokens": max_new_tokens, "dtype": dtype}
     settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
+    if benchmark == "samples":
+        items = items_of(read(data, model, processor, task))[:limit]
+    if not items:
+        raise ValueError(f"{data} has no questions.")
     records = Records(output, settings)
     with bars() as progress:
         bar = progress.add_task("Answering", total=len(items))
@@ -76,12 +93,32 @@ def answers(
     print_result(as_json, write_report(output, benchmark, summary, settings), summary)
 
 
+@evaluation.command("average")
+def average(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished `eval answers`, one of each benchmark.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the tables.")],
+    as_json: AsJson = False,
+) -> None:
+    """
+    Joins the runs of all five benchmarks to the paper's average, beside the published one.
+
+    Example: healthgpt eval average results/vqa_rad results/slake results/path_vqa results/mmmu_med results/omnimedvqa -o results/all
+    """
+    with working("Averaging"):
+        from ..evaluation import average_runs, write_report
+        from ..runs import begin
+
+        summary, facts = average_runs(runs)
+        begin(output, facts)
+    print_result(as_json, write_report(output, "average", summary, facts), summary)
+
+
 @evaluation.command("draw")
 def draw(
     data: Annotated[Path, typer.Argument(help="JSON lines as for train; samples with a target_image.")],
     checkpoint: RequiredCheckpoint,
     output: Output,
-    name: Annotated[str, typer.Option(help="Benchmark in the table, for example super_resolution.")] = "pictures",
+    name: Name = "pictures",
     task: Annotated[str, typer.Option(help="Task of the samples that name none.")] = "generation",
     batch_size: Batch = 8,
     limit: Limit = None,
@@ -98,15 +135,14 @@ def draw(
     Example: healthgpt eval draw pairs.jsonl -c HealthGPT-M3 -o results/ct_to_mri --name ct_to_mri_brain
     """
     with working("Starting"):
-        from ..evaluation import Records, draw_samples, load_lpips, state_of
-        from ..training import read_samples
+        from ..evaluation import Records, draw_samples, load_lpips
+        from ..runs import state_of
 
         measure = load_lpips() if lpips else None
     settings = {"checkpoint": checkpoint, "data": str(data), "task": task, "limit": limit, "dtype": dtype}
     settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
     model, processor = load(checkpoint, device, dtype)
-    with working("Reading the samples"):
-        samples = read_samples(data, model.config, task)
+    samples = read(data, model, processor, task)
     samples = [sample for sample in samples if sample["target_image"] is not None][:limit]
     if not samples:
         raise ValueError(f"{data} has no samples with a target_image.")
@@ -125,7 +161,7 @@ def pictures(
     drawn: Annotated[Path, typer.Argument(help="Folder of drawn pictures.")],
     true: Annotated[Path, typer.Argument(help="Folder of true pictures with the same names.")],
     output: Output,
-    name: Annotated[str, typer.Option(help="Benchmark in the table, for example super_resolution.")] = "pictures",
+    name: Name = "pictures",
     lpips: Lpips = False,
     as_json: AsJson = False,
 ) -> None:
@@ -149,8 +185,9 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips, as_json:
     """
     from PIL import Image
 
-    from ..evaluation import Records, compare_pictures, summarise_pictures, write_report
+    from ..evaluation import compare_pictures, summarise_pictures, write_report
     from ..medical import open_picture
+    from ..runs import begin
 
     scores = []
     with bars() as progress:
@@ -163,6 +200,6 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips, as_json:
                 raise ValueError(f"{left} has {drawn.size} pixels and {right} {true.size}: they cannot be compared.")
             score = compare_pictures(drawn, true)
             scores.append(score if lpips is None else score | {"LPIPS": lpips(drawn, true)})
-    Records(output, settings)  # makes the folder, and refuses that of another run
+    begin(output, settings)
     summary = summarise_pictures(scores)
     print_result(as_json, write_report(output, name, summary, settings), summary)

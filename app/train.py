@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, working
+from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, read, working
 
 
 def train(
@@ -44,6 +44,9 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
     ] = False,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 500,
+    save_total_limit: Annotated[
+        int | None, typer.Option(min=1, help="Checkpoints that are kept, the newest; by default all.")
+    ] = None,
     logging_steps: Annotated[int, typer.Option(min=1, help="Steps between two lines of the log.")] = 10,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of order, dropout and new weights.")] = 0,
@@ -65,6 +68,7 @@ def train(
     with working("Starting"):
         import transformers
 
+        from ..runs import RUN_NAME, begin, require_same, state_of
         from ..training import (
             STAGES,
             HealthGPTTrainer,
@@ -72,7 +76,6 @@ def train(
             add_codes,
             add_task,
             last_checkpoint,
-            read_samples,
             recipe_of,
             save_plugin,
             start_fusion,
@@ -83,8 +86,19 @@ def train(
         raise ValueError(f"--epochs is a number above 0, not {epochs}.")
     if stage not in STAGES:
         raise ValueError(f"There is no stage {stage!r}; choose one of {', '.join(STAGES)}.")
+    # What a run that goes on must share with its beginning; it may be longer, and save or log more often.
+    settings = {"stage": stage, "task": task, "kind": kind, "init_from": init_from, "rank": rank, "experts": experts}
+    settings |= {"alpha": alpha, "batch_size": batch_size, "per_device_batch_size": per_device_batch_size}
+    settings |= {"learning_rate": learning_rate, "dropout": dropout, "max_length": max_length, "seed": seed}
+    settings |= {"dtype": dtype, "checkpoint": checkpoint, "checkpoint_state": state_of(checkpoint)}
+    settings |= {"data": str(data), "data_state": state_of(data)}
+    settings |= {} if eval_data is None else {"eval_data": str(eval_data), "eval_data_state": state_of(eval_data)}
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; --resume goes on with the run in it.")
+    if resume and not (output / RUN_NAME).is_file():
+        raise ValueError(f"{output} holds no run that could go on: start one without --resume.")
+    if resume:
+        require_same(output, settings)
     model, processor = load(checkpoint, device, dtype)
     transformers.set_seed(seed)
     tasks = model.config.tasks
@@ -95,9 +109,8 @@ def train(
         raise ValueError("--kind, --init-from, --rank, --experts and --alpha are for a --task that is new.")
 
     kinds = {name: settings.kind for name, settings in tasks.items()}
-    with working("Reading the samples"):
-        samples = read_samples(data, model.config, task)
-        held_out = None if eval_data is None else read_samples(eval_data, model.config, task)
+    samples = read(data, model, processor, task)
+    held_out = None if eval_data is None else read(eval_data, model, processor, task)
     trained = sorted(set(samples["task"]))
     if task is not None and task not in trained:
         raise ValueError(f"No line of {data} has the task {task!r}: name it there, or leave the field task out.")
@@ -122,6 +135,7 @@ def train(
         num_train_epochs=epochs,
         max_steps=max_steps or -1,
         save_steps=save_steps,
+        save_total_limit=save_total_limit,
         logging_steps=logging_steps,
         eval_strategy="no" if held_out is None else "epoch",
         dataloader_num_workers=workers,
@@ -142,8 +156,9 @@ def train(
     collator = TrainingCollator(processor, max_length)
     needs_pictures = set(recipe.learning_rates) == {"projector"}
     with bars() as progress:
-        for rows in filter(None, (samples, held_out)):
-            collator.check(progress.track(rows, description="Trying every line"), needs_pictures)
+        for path, rows in ((data, samples), (eval_data, held_out)):
+            if rows is not None:
+                collator.check(progress.track(rows, description="Trying every line"), path, needs_pictures)
     trainer = HealthGPTTrainer(
         model,
         recipe,
@@ -153,6 +168,8 @@ def train(
         eval_dataset=held_out,
         data_collator=collator,
     )
+    if trainer.is_world_process_zero():
+        begin(output, settings)
     with contextlib.redirect_stdout(sys.stderr):  # where progress goes; the Trainer prints its losses
         trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
     if not trainer.is_world_process_zero():

@@ -29,7 +29,7 @@ def answer_items(
         model, processor: As `from_pretrained` loads them.
         items (`list[Item]`): The questions.
         records (`Records`): Answers of an earlier run; new ones are added batch by batch.
-        task (`str`, defaults to `"comprehension"`): A task of the model that answers in words.
+        task (`str`, defaults to `"comprehension"`): Task of the items that name none; it answers in words.
         batch_size (`int`, defaults to 8): Questions answered at once.
         max_new_tokens (`int`, defaults to 64): Longest answer.
         progress (`Callable`, *optional*): Called with the number of questions that were answered since the last call.
@@ -47,7 +47,7 @@ def answer_items(
     for start in range(0, len(left), batch_size):
         batch = left[start : start + batch_size]
         questions = [(item.pictures(), item.question) for item in batch]
-        answers = answer_batch(model, processor, questions, task, max_new_tokens)
+        answers = answer_batch(model, processor, questions, [item.task or task for item in batch], max_new_tokens)
         records.add([score(item, answer) for item, answer in zip(batch, answers, strict=True)])
         progress(len(batch))
     return [records.done[item.name] for item in items]

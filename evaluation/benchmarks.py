@@ -9,7 +9,7 @@ The benchmarks of comprehension, read from local copies in the form in which the
 | mmmu_med | MMMU/MMMU | a folder of Parquet files for each subject |
 | omnimedvqa | foreverbeliever/OmniMedVQA | `QA_information/Open-access/*.json` and the pictures |
 
-and `samples`, JSON lines as for `healthgpt train`.
+Questions of one's own are samples (`healthgpt.samples`).
 """
 
 import ast
@@ -49,6 +49,7 @@ class Item:
         pictures (`Callable[[], list]`): Reads its PIL pictures; a benchmark's pictures are too many to be held at once.
         options (`list[str]`): Texts of the options of a choice.
         group (`str`): Part of the benchmark that is reported on its own.
+        task (`str`): Task that answers it; by default that of the run.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Item:
     pictures: Callable[[], list[Any]]
     options: list[str] = field(default_factory=list)
     group: str = ""
+    task: str = ""
 
 
 def read_benchmark(name: str, path: Path, split: str | None = None) -> Iterator[Item]:
@@ -74,7 +76,9 @@ def read_benchmark(name: str, path: Path, split: str | None = None) -> Iterator[
         ValueError: if there is no such benchmark or the copy has another form.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"There is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}.")
+        raise ValueError(
+            f"There is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}, or samples of your own."
+        )
     if not path.exists():
         raise ValueError(f"{path} does not exist.")
     try:
@@ -111,6 +115,13 @@ def open_all(paths: list[Path]) -> list:
     return [open_picture(path) for path in paths]
 
 
+def existing(path: Path, name: str) -> Path:
+    """The path of a question's picture, which is opened much later."""
+    if not path.is_file():
+        raise ValueError(f"{path}, the picture of question {name}, does not exist.")
+    return path
+
+
 def objects(file: Path) -> list[dict]:
     """The content of a JSON file."""
     try:
@@ -126,7 +137,7 @@ def read_slake(path: Path, split: str) -> Iterator[Item]:
     """The English questions; the file says which are closed."""
     for row in objects(path / f"{split}.json"):
         if row["q_lang"] == "en":
-            picture = path / "imgs" / row["img_name"]
+            picture = existing(path / "imgs" / row["img_name"], row["qid"])
             kind = row["answer_type"].lower()
             yield Item(str(row["qid"]), row["question"], row["answer"], kind, partial(open_all, [picture]))
 
@@ -161,27 +172,31 @@ def read_omnimedvqa(path: Path, split: str) -> Iterator[Item]:
             options = [row[f"option_{letter}"] for letter in "ABCD" if row.get(f"option_{letter}")]
             if row["gt_answer"] not in options:
                 raise ValueError(f"{row['question_id']} in {file} has an answer that is none of its options.")
-            truth, pictures = options.index(row["gt_answer"]), partial(open_all, [path / row["image_path"]])
+            picture = existing(path / row["image_path"], row["question_id"])
+            truth, pictures = options.index(row["gt_answer"]), partial(open_all, [picture])
             yield choice(row["question_id"], row["question"], options, truth, pictures, row["modality_type"])
 
 
-def read_samples(path: Path, split: str) -> Iterator[Item]:
-    """JSON lines with `instruction`, `response` and `input_image`."""
-    with open(path, "rb") as file:  # what is no UTF-8 belongs to a line too
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                paths = row.get("input_image") or []
-                paths = [path.parent / name for name in ([paths] if isinstance(paths, str) else paths)]
-                kind, group = closed_or_open(row["response"]), row.get("group", "")
-                yield Item(
-                    str(number), row["instruction"], row["response"], kind, partial(open_all, paths), group=group
-                )
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ValueError(
-                    f"Line {number} of {path} is no sample: it must be an object with an instruction, a response and, if it "
-                    f"has pictures, input_image ({error})."
-                ) from error
+def items_of(samples: Dataset) -> list[Item]:
+    """
+    Questions from samples, those with a `response`; their names are the numbers of their lines.
+
+    Args:
+        samples (`Dataset`): As `healthgpt.samples.read_samples` reads them.
+    """
+    return [
+        Item(
+            str(number),
+            sample["instruction"],
+            sample["response"],
+            closed_or_open(sample["response"]),
+            partial(open_all, sample["input_image"]),
+            group=sample["group"] or "",
+            task=sample["task"],
+        )
+        for number, sample in enumerate(samples, 1)
+        if sample["response"] is not None
+    ]
 
 
 def choice(name, question, options, truth, pictures, group) -> Item:
@@ -197,5 +212,4 @@ BENCHMARKS = {
     "slake": read_slake,
     "mmmu_med": read_mmmu,
     "omnimedvqa": read_omnimedvqa,
-    "samples": read_samples,
 }

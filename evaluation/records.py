@@ -1,22 +1,12 @@
 """Results of a long run, a JSON line each, so that a killed run goes on where it was."""
 
-import hashlib
 import json
 from pathlib import Path
 
-from ..hub_export.families import read_json
 from ..hub_export.sources import reading
-from ..hub_export.write import write_json
+from ..runs import begin
 
-
-def state_of(path: str | Path) -> str | None:
-    """A hash of the names, sizes and times of a file or of all files of a folder; `None` for what is not on this disk."""
-    path = Path(path)
-    if not path.exists():
-        return None
-    files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
-    stats = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+RECORDS_NAME = "records.jsonl"
 
 
 class Records:
@@ -32,12 +22,8 @@ class Records:
     """
 
     def __init__(self, folder: Path, settings: dict):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path, run = folder / "records.jsonl", folder / "run.json"
-        if not run.exists():
-            write_json(run, settings)
-        elif read_json(run) != settings:
-            raise ValueError(f"{folder} holds a run with other settings (its run.json): choose another folder.")
+        begin(folder, settings)
+        self.path = folder / RECORDS_NAME
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         if lines and not lines[-1].endswith("\n"):  # a kill left half a line
             lines = lines[:-1]

@@ -4,6 +4,9 @@ from pathlib import Path
 
 from ..hub_export.presets import PRESETS
 from ..hub_export.write import write_json
+from .benchmarks import BENCHMARKS
+
+RESULTS_NAME = "results.json"
 
 
 def write_report(folder: Path, benchmark: str, summary: dict[str, dict], facts: dict) -> str:
@@ -20,8 +23,8 @@ def write_report(folder: Path, benchmark: str, summary: dict[str, dict], facts: 
         `str`: The table.
     """
     content = {"benchmark": benchmark, **facts, "results": summary}
-    write_json(folder / "results.json", content)
-    published = {preset.name: preset.results[benchmark] for preset in PRESETS.values() if benchmark in preset.results}
+    write_json(folder / RESULTS_NAME, content)
+    published = published_figures(benchmark)
     lines = [f"| {benchmark} | here | 95 % interval | number | {' | '.join(published)}".rstrip(" |") + " |"]
     lines.append("|---" * (4 + len(published)) + "|")
     for metric, result in summary.items():
@@ -36,3 +39,15 @@ def write_report(folder: Path, benchmark: str, summary: dict[str, dict], facts: 
     table = "\n".join(lines) + "\n"
     (folder / "results.md").write_text(table)
     return table
+
+
+def published_figures(benchmark: str) -> dict[str, dict[str, float]]:
+    """What the paper reports of a benchmark, by model and metric; of the average also the figures that it is of."""
+    found = {}
+    for preset in PRESETS.values():
+        figures = dict(preset.results.get(benchmark, {}))
+        for name in BENCHMARKS if benchmark == "average" else ():
+            figures |= {f"{name} {metric}": value for metric, value in preset.results.get(name, {}).items()}
+        if figures:
+            found[preset.name] = figures
+    return found

@@ -5,7 +5,8 @@ How an answer is scored.
     open     right if the true answer stands in it; also its recall, as LLaVA-Med (arXiv 2306.00890, section 5) reports
     choice   right if the answer names the true option's letter, or else its text and no other's; see `chosen_option`
 
-Texts are compared as in the VQA benchmark (Antol et al. 2015): small letters, no punctuation, no articles. HealthGPT's authors
+Texts are compared as in the VQA benchmark (Antol et al. 2015): small letters, no punctuation, no articles, unless a text is nothing
+else. HealthGPT's authors
 publish accuracies without their rules, therefore figures beside theirs are near them, not the same measure.
 """
 
@@ -17,9 +18,10 @@ ARTICLES = ("a", "an", "the")
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in small letters, without punctuation and articles."""
-    text = re.sub(rf"[{re.escape(string.punctuation)}]", " ", text.lower())
-    return [word for word in text.split() if word not in ARTICLES]
+    """The words of a text in small letters; without punctuation and articles, unless it is nothing else."""
+    words = text.lower().split()
+    plain = re.sub(rf"[{re.escape(string.punctuation)}]", " ", text.lower()).split()
+    return [word for word in plain if word not in ARTICLES] or plain or words
 
 
 def contains(words: list[str], part: list[str]) -> bool:

@@ -26,7 +26,7 @@ from transformers.utils import is_torchao_available
 from warm import programs
 
 from healthgpt.app.common import EXTRA_OF
-from healthgpt.training.data import FIELDS
+from healthgpt.samples import FIELDS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

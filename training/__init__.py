@@ -1,6 +1,6 @@
 """Training of HealthGPT: the three stages, on transformers' Trainer."""
 
-from .data import TrainingCollator, add_codes, read_samples
+from .data import TrainingCollator, add_codes
 from .recipes import RECIPES, STAGES, Recipe, recipe_of
 from .tasks import add_task, save_plugin, start_fusion
 from .trainer import HealthGPTTrainer, last_checkpoint, training_arguments
@@ -14,7 +14,6 @@ __all__ = [
     "add_codes",
     "add_task",
     "last_checkpoint",
-    "read_samples",
     "recipe_of",
     "save_plugin",
     "start_fusion",

@@ -11,6 +11,8 @@ number of epochs and no length of the warm-up.
 
 from dataclasses import dataclass, replace
 
+from ..hub_export.presets import PRESETS
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -33,21 +35,21 @@ class Recipe:
 
 STAGES = ("alignment", "fusion", "instruction")
 
+FUSION = Recipe({"token_tables": 2e-4}, 32, schedule="constant")
 RECIPES = {
     ("alignment", "text"): Recipe({"projector": 1e-3}, 256, dropout=0.0),
     ("alignment", "image"): Recipe({"projector": 2e-5, "plugin": 2e-4}, 64),
-    ("fusion", "text"): Recipe({"token_tables": 2e-4}, 32, schedule="constant"),
-    ("fusion", "image"): Recipe({"token_tables": 2e-4}, 32, schedule="constant"),
+    ("fusion", "text"): FUSION,  # both kinds are fused together
+    ("fusion", "image"): FUSION,
     ("instruction", "text"): Recipe({"projector": 2e-5, "plugin": 2e-4}, 128),
     ("instruction", "image"): Recipe({"projector": 2e-5, "plugin": 2e-4}, 64),
 }
 
-L14_LAYERS = 40  # of Phi-4; its first stage of drawing ran at half the rate
-
 
 def recipe_of(stage: str, kind: str, config) -> Recipe:
     """
-    The recipe of a stage for tasks of a kind, as published for a model of this size.
+    The recipe of a stage for tasks of a kind, as published for a model of this size: the first stage of drawing of an L14 runs
+    at half the rate.
 
     Args:
         stage (`str`): One of `STAGES`.
@@ -55,6 +57,7 @@ def recipe_of(stage: str, kind: str, config) -> Recipe:
         config (`HealthGPTConfig`): Of the model.
     """
     recipe = RECIPES[stage, kind]
-    if (stage, kind, config.text_config.num_hidden_layers) == ("alignment", "image", L14_LAYERS):
+    sizes = config.text_config.num_hidden_layers, config.text_config.hidden_size
+    if (stage, kind) == ("alignment", "image") and sizes == PRESETS["l14"].sizes:
         return replace(recipe, learning_rates=recipe.learning_rates | {"plugin": 1e-4})
     return recipe

@@ -48,7 +48,35 @@ def test_a_plugin_for_a_new_task_that_the_checkpoint_then_takes(pairs, checkpoin
     assert model.decode_image_tokens(picture).shape == (1, 3, 32, 32)
     again = run(pairs, *options)
     assert "is not an empty folder; --resume goes on with the run in it" in str(again.exception)
-    assert run(pairs, *options, "--resume").exit_code == 1  # the checkpoint has the task by now
+    more = run(pairs, *options, "--eval-data", pairs, "--epochs", 1, "--learning-rate", 1e-2, "--resume")
+    assert "(its run.json differs in checkpoint_state)" in str(more.exception)  # which has the task by now
+
+
+def test_a_run_goes_on_with_its_own_settings_only(data, checkpoints, tmp_path):
+    """It may be longer, and save more often."""
+    file, output = data / "comprehension.jsonl", tmp_path / "run"
+    command = (file, "-c", checkpoints("m3").folder, "-o", output, *QUICK, "--resume")
+    assert f"{output} holds no run that could go on: start one without --resume" in str(run(*command).exception)
+    assert not output.exists()
+    output.touch()
+    assert f"{output} holds no run that could go on" in str(run(*command).exception)
+    output.unlink()
+    assert run(*command[:-1], "--save-steps", 1, "--save-total-limit", 1).exit_code == 0
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    for changed, differs in (
+        (("--learning-rate", 1e-3), "learning_rate"),
+        (("--seed", 7), "seed"),
+        (("--batch-size", 1), "batch_size"),
+        (("--eval-data", file), "eval_data, eval_data_state"),
+        (("--stage", "alignment"), "stage"),
+    ):
+        refused = run(*command, *changed)
+        assert f"(its run.json differs in {differs}): choose another folder" in str(refused.exception)
+    assert run(*command, "--max-steps", 3, "--logging-steps", 1).exit_code == 0
+    assert (output / "checkpoint-3").exists() and (output / "checkpoint-2").exists()
+    with open(file, "a") as lines:
+        lines.write(file.read_text().splitlines()[0] + "\n")
+    assert "differs in data_state" in str(run(*command).exception)
 
 
 def test_the_three_stages_one_after_the_other(data, checkpoints, tmp_path):
@@ -137,7 +165,10 @@ def test_a_progress_bar_is_shown(healthgpt, pairs, checkpoints, tmp_path):
             ("--task", "new", "--init-from", "generation"),
             "No line of .*both.jsonl has the task 'new': name it there, or leave the field task out",
         ),
-        (("--stage", "fusion", "--max-length", 20), r"Line 1 cannot be trained on: The sample .* may have 20"),
+        (
+            ("--stage", "fusion", "--max-length", 20),
+            r"Line 1 of .*both.jsonl cannot be trained on: The sample .* may have 20",
+        ),
         ((), "has tasks of both kinds, comprehension, generation; this stage trains one kind at a time"),
     ],
 )

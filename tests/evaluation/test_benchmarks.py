@@ -8,7 +8,8 @@ import pytest
 from conftest import GOLDEN
 from datasets import Dataset, Features, Image, Value
 
-from healthgpt.evaluation import read_benchmark
+from healthgpt.evaluation import items_of, read_benchmark
+from healthgpt.samples import read_samples
 
 PICTURE = GOLDEN / "images/ct.png"
 
@@ -45,6 +46,9 @@ def test_slake(tmp_path):
     [item] = read_benchmark("slake", tmp_path)
     assert (item.name, item.kind, item.truth) == ("1", "open", "Liver")
     assert item.pictures()[0].size == PIL.Image.open(PICTURE).size
+    (tmp_path / "imgs/xmlab1/source.jpg").unlink()
+    with pytest.raises(ValueError, match=r"source.jpg, the picture of question 1, does not exist"):
+        list(read_benchmark("slake", tmp_path))
 
 
 def test_mmmu_med(tmp_path):
@@ -79,35 +83,30 @@ def test_omnimedvqa(tmp_path):
     row = {"question_id": "q1", "question": "Which modality?", "gt_answer": "CT", "image_path": "Images/a.png"}
     row |= {"option_A": "MRI", "option_B": "CT", "modality_type": "CT(Computed Tomography)"}
     (tmp_path / "QA_information/Open-access/set.json").write_text(json.dumps([row]))
-    [item] = read_benchmark("omnimedvqa", tmp_path)
-    assert item.options == ["MRI", "CT"] and item.group == "CT(Computed Tomography)" and item.kind == "choice"
+    with pytest.raises(ValueError, match=r"Images/a.png, the picture of question q1, does not exist"):
+        list(read_benchmark("omnimedvqa", tmp_path))
     (tmp_path / "Images").mkdir()
     shutil.copy(PICTURE, tmp_path / "Images/a.png")
+    [item] = read_benchmark("omnimedvqa", tmp_path)
+    assert item.options == ["MRI", "CT"] and item.group == "CT(Computed Tomography)" and item.kind == "choice"
     assert item.pictures()[0].size == PIL.Image.open(PICTURE).size
     (tmp_path / "QA_information/Open-access/set.json").write_text(json.dumps([row | {"gt_answer": "PET"}]))
     with pytest.raises(ValueError, match=r"q1 in .*set.json has an answer that is none of its options"):
         list(read_benchmark("omnimedvqa", tmp_path))
 
 
-LINES = (
-    b"{]",
-    b"[]",
-    b'{"instruction": "Why?"}',
-    b'{"instruction": "Why?", "response": null}',
-    b'{"instruction": "\xff"}',
-)
-
-
-@pytest.mark.parametrize("line", LINES)
-def test_samples_that_are_none(tmp_path, line):
-    good = json.dumps({"instruction": "Why?", "response": "No", "input_image": "a.png"})
-    (tmp_path / "samples.jsonl").write_bytes(good.encode() + b"\n" + line + b"\n")
-    items = read_benchmark("samples", tmp_path / "samples.jsonl")
-    item = next(items)
-    shutil.copy(PICTURE, tmp_path / "a.png")
-    assert item.kind == "closed" and item.pictures()[0].size == PIL.Image.open(PICTURE).size
-    with pytest.raises(ValueError, match=r"Line 2 of .*samples.jsonl is no sample"):
-        next(items)
+def test_questions_from_samples(data, m3):
+    """Of the tasks that answer; those that draw are passed over, and lines count from one."""
+    lines = [json.loads(line) for line in (data / "both.jsonl").read_text().splitlines()]
+    lines[1] |= {"response": "No.", "group": "CT"}
+    (data / "both.jsonl").write_text("\n".join(map(json.dumps, lines[::-1])))
+    items = items_of(read_samples(data / "both.jsonl", m3[1].config, m3[2]))
+    found = [(item.name, item.question, item.truth, item.kind, item.group, item.task) for item in items]
+    last = len(lines)
+    assert ("generation" in {line["task"] for line in lines}) and len(items) < last
+    assert found[-1] == (str(last), "What is this?", "A head CT.", "open", "", "comprehension")
+    assert found[-2] == (str(last - 1), "Name both!", "No.", "closed", "CT", "comprehension")
+    assert len(items[-2].pictures()) == 2
 
 
 @pytest.mark.parametrize(

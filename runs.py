@@ -1,0 +1,51 @@
+"""Folders of long runs: what a run was started with, so that a killed one can go on and no other goes on in its place."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from .hub_export.families import read_json
+from .hub_export.write import write_json
+
+RUN_NAME = "run.json"
+
+
+def state_of(path: str | Path) -> str | None:
+    """A hash of the names, sizes and times of a file or of all files of a folder; `None` for what is not on this disk."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    stats = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def require_same(folder: Path, settings: dict) -> None:
+    """
+    Raises:
+        ValueError: if the folder holds a run of other settings, or what is known of it is damaged.
+    """
+    begun = read_json(folder / RUN_NAME)
+    other = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
+    if other:
+        raise ValueError(
+            f"{folder} holds a run with other settings (its {RUN_NAME} differs in {', '.join(other)}): choose another folder."
+        )
+
+
+def begin(folder: Path, settings: dict) -> None:
+    """
+    Makes the folder of a run, or goes on in it.
+
+    Args:
+        folder (`Path`): Folder of the run; made if it does not exist.
+        settings (`dict`): What makes this run differ from others; JSON.
+
+    Raises:
+        ValueError: as [`require_same`].
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / RUN_NAME).exists():
+        require_same(folder, settings)
+    else:
+        write_json(folder / RUN_NAME, settings)

@@ -1,0 +1,126 @@
+"""
+Samples to train on or to measure with: JSON lines of tasks, instructions, answers and pictures.
+
+    {"task": "comprehension", "instruction": "What is this?", "response": "A chest X-ray.", "input_image": "a.png"}
+    {"task": "generation", "instruction": "Reconstruct the image.", "input_image": "a.png", "target_image": "a.png"}
+
+`input_image` is a path, a list of paths or absent; paths start at the folder of the JSON file. `target_codes`, a list of numbers,
+may stand in place of `target_image`. `group` names a part that `healthgpt eval answers` reports on its own.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+
+from .medical import open_picture
+from .processing_healthgpt import load_picture
+
+FIELDS = ("task", "instruction", "response", "input_image", "target_image", "target_codes", "group")
+FEATURES = Features(
+    {field: Value("string") for field in ("task", "instruction", "response", "target_image", "group")}
+    | {"input_image": List(Value("string")), "target_codes": List(Value("int32"))}
+)
+ROWS = ("all", "closed", "open", "choice", "open recall")  # of the table of answers; no group can have these names
+
+
+def read_samples(
+    path: Path,
+    config,
+    processor,
+    default_task: str | None = None,
+    progress: Callable[[int], None] = lambda number: None,
+) -> Dataset:
+    """
+    Reads a file of samples and checks all of them.
+
+    Args:
+        path (`Path`): JSON lines.
+        config (`HealthGPTConfig`): Of the model that they are for: its tasks, and the codes of its pictures.
+        processor (`HealthGPTProcessor`): Of the same model: its special tokens, which texts cannot have.
+        default_task (`str`, *optional*): Task of the samples that name none.
+        progress (`Callable`, *optional*): Called with the number of bytes that were read since the last call.
+
+    Returns:
+        `Dataset`: A row for each line, with the columns `task`, `instruction`, `response` (`None` where a picture is
+        drawn), `input_image` (a list of paths), `target_image` (a path or `None`), `target_codes` (a list or `None`) and
+        `group` (a name or `None`).
+
+    Raises:
+        ValueError: if a line is no sample, or a picture is missing or none; the sentence names the line.
+    """
+    rows, seen = [], set()
+    tokenizer = processor.tokenizer
+    reserved = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    with open(path, "rb") as file:  # what is no UTF-8 belongs to a line too
+        for number, line in enumerate(file, 1):
+            try:
+                row = check_sample(parse(line), path.parent, config, default_task)
+                for field in ("instruction", "response"):
+                    written = row[field] or ""
+                    found = [reserved.get(index) for index in tokenizer.encode(written, add_special_tokens=False)]
+                    found = [token for token in found if token is not None and token in written]
+                    if found:
+                        raise ValueError(f"its {field} has {found[0]}, a token that only the processor writes.")
+                for picture in {*row["input_image"], row["target_image"]} - {None, *seen}:
+                    load_picture(open_picture(picture), config.vision_config.image_size)
+                    seen.add(picture)
+            except ValueError as error:
+                raise ValueError(f"Line {number} of {path} is no sample: {error}") from error
+            rows.append(row)
+            progress(len(line))
+    if not rows:
+        raise ValueError(f"{path} has no samples.")
+    return Dataset.from_list(rows, features=FEATURES)
+
+
+def parse(line: bytes):
+    """The content of a line of UTF-8; half of a surrogate pair is no text."""
+    if not line.strip():
+        raise ValueError("it is empty.")
+    content = json.loads(line.decode("utf-8-sig"))
+    json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
+def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
+    if not isinstance(row, dict) or set(row) - set(FIELDS):
+        raise ValueError(f"it must be an object with the fields {', '.join(FIELDS)} and no others.")
+    row = {field: value for field, value in row.items() if value is not None}
+    task = row.get("task", default_task)
+    if not isinstance(task, str) or task not in config.tasks:
+        raise ValueError(f"its task is {task!r}, but the tasks are {', '.join(config.tasks)}.")
+    targets = ["response"] if config.tasks[task].kind == "text" else ["target_image", "target_codes"]
+    given = [field for field in ("response", "target_image", "target_codes") if field in row]
+    if len(given) != 1 or given[0] not in targets:
+        raise ValueError(f"task {task!r} needs a {' or a '.join(targets)} and nothing else to learn.")
+    for field in ("instruction", "response", "target_image"):
+        if field in ("instruction", *given) and not (isinstance(row.get(field), str) and row[field].strip()):
+            raise ValueError(f"task {task!r} needs a text as its {field}.")
+    if "target_codes" in row:
+        count, number = config.num_image_codes, config.vqgan_config.num_codes
+        codes = row["target_codes"]
+        if not (
+            isinstance(codes, list)
+            and len(codes) == count
+            and all(type(code) is int and 0 <= code < number for code in codes)  # true is an int too
+        ):
+            raise ValueError(f"target_codes must be a list of {count} whole numbers from 0 to {number - 1}.")
+    pictures = row.get("input_image", [])
+    pictures = [pictures] if isinstance(pictures, str) else pictures
+    if not (isinstance(pictures, list) and all(isinstance(picture, str) for picture in pictures)):
+        raise ValueError("input_image must be a path or a list of paths.")
+    group = row.get("group")
+    if (group is not None and not (isinstance(group, str) and group.strip())) or group in ROWS:
+        raise ValueError(f"group must be a name, and none of {', '.join(ROWS)}, got {group!r}.")
+    return {
+        "task": task,
+        "instruction": row["instruction"],
+        "response": row.get("response"),
+        "input_image": [str(folder / picture) for picture in pictures],
+        "target_image": str(folder / row["target_image"]) if "target_image" in row else None,
+        "target_codes": np.array(row["target_codes"], dtype=np.int32) if "target_codes" in row else None,
+        "group": group,
+    }

@@ -1,0 +1,36 @@
+"""Folders of runs: a run goes on in its own, and no other does."""
+
+import os
+
+import pytest
+
+from healthgpt.runs import begin, require_same, state_of
+
+
+def test_a_run_goes_on_in_its_folder_and_no_other_does(tmp_path):
+    settings = {"seed": 0, "data": "a.jsonl", "rank": None}
+    begin(tmp_path / "run", settings)
+    begin(tmp_path / "run", settings)
+    require_same(tmp_path / "run", {"seed": 0, "data": "a.jsonl"})
+    for other in ({**settings, "seed": 1, "rank": 4}, {**settings, "seed": 1, "rank": 4, "dtype": None}):
+        with pytest.raises(
+            ValueError, match=r"holds a run with other settings \(its run.json differs in seed, rank\)"
+        ):
+            begin(tmp_path / "run", other)
+    (tmp_path / "run/run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run.json is no JSON"):
+        begin(tmp_path / "run", settings)
+
+
+def test_the_state_of_files_changes_with_them(tmp_path):
+    assert state_of(tmp_path / "none") is None
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a").write_text("1")
+    states = [state_of(tmp_path / "folder"), state_of(tmp_path / "folder/a")]
+    os.utime(tmp_path / "folder/a", (0, 0))
+    states += [state_of(tmp_path / "folder"), state_of(tmp_path / "folder/a")]
+    (tmp_path / "folder/b").touch()
+    states += [state_of(tmp_path / "folder")]
+    # The one file of a folder has the state of the folder.
+    assert states[0] == states[1] and states[2] == states[3] and len(set(states)) == 3
+    assert state_of(tmp_path / "folder") == states[-1]

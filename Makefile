@@ -4,11 +4,12 @@ PYTHON ?= python3
 RUN = $(VENV)/bin
 LOWEST_TRANSFORMERS = 5.0.0
 TORCHAO = 0.18.0
+TORCHVISION = 0.28.0
 GOLDEN = tests/golden
 # Two processes of one thread each; most of the time goes into programs that the tests start, which do one thing at a time.
 PYTEST = OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo nano nano-compare test test-newest test-torchao test-lowest lint docs fuzz clean
+.PHONY: demo nano nano-compare test test-newest test-torchao test-lpips test-lowest lint docs fuzz clean
 
 demo: $(VENV)/installed
 	@rm -rf demo && mkdir demo
@@ -35,7 +36,7 @@ nano: $(VENV)/installed
 nano-compare: $(VENV)/installed
 	$(RUN)/python -m healthgpt.phantoms.nano build/nano nano --compare
 
-test: lint test-newest test-torchao test-lowest
+test: lint test-newest test-torchao test-lpips test-lowest
 
 lint: $(VENV)/installed
 	$(RUN)/ruff check .
@@ -47,6 +48,10 @@ test-newest: $(VENV)/installed $(VENV)/browser
 # torchao stands apart: transformers imports it wherever it is installed, and it prints warnings about itself each time.
 test-torchao: $(VENV)/torchao/installed
 	PYTHONPATH=$(VENV)/torchao $(PYTEST) tests/test_quantization.py tests/test_docs.py -k torchao
+
+# So does torchvision, without which the package must work: transformers imports it too.
+test-lpips: $(VENV)/torchvision/installed
+	TORCHVISION=$(VENV)/torchvision $(RUN)/python -m pytest tests/evaluation/test_lpips.py
 
 # The golden tests once more, on the lowest transformers that works, and what is refused there alone; only transformers and what
 # it needs are older.
@@ -79,6 +84,10 @@ $(VENV)/lowest/installed: $(VENV)/installed
 
 $(VENV)/torchao/installed: $(VENV)/installed
 	$(RUN)/pip install --quiet --upgrade --no-deps --target $(VENV)/torchao torchao==$(TORCHAO)
+	touch $@
+
+$(VENV)/torchvision/installed: $(VENV)/installed
+	$(RUN)/pip install --quiet --upgrade --no-deps --target $(VENV)/torchvision torchvision==$(TORCHVISION)
 	touch $@
 
 clean:

@@ -13,6 +13,8 @@ from .answers import mean_of
 from .records import Records
 
 WANG_2004 = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+WINDOW = 11  # pixels
+SMALLEST_LPIPS = 31  # pixels, of which AlexNet's last pooling leaves one
 IDENTICAL_PSNR = 100.0  # dB; that of equal pictures is infinite and would hide all others in a mean
 
 
@@ -48,11 +50,15 @@ def compare_pictures(drawn, true) -> dict[str, float]:
         drawn, true (`PIL.Image.Image`): Pictures of one size.
 
     Raises:
-        ValueError: if their sizes differ.
+        ValueError: if their sizes differ, or they are smaller than the window of SSIM, 11 x 11 pixels.
     """
     if drawn.size != true.size:
         raise ValueError(
             f"The drawn picture has {drawn.size} pixels and the true one {true.size}: they cannot be compared."
+        )
+    if min(drawn.size) < WINDOW:
+        raise ValueError(
+            f"SSIM compares windows of {WINDOW} x {WINDOW} pixels, and the pictures have {drawn.size[0]} x {drawn.size[1]}."
         )
     drawn, true = np.asarray(drawn.convert("RGB")), np.asarray(true.convert("RGB"))
     error = mean_squared_error(true, drawn)
@@ -65,7 +71,7 @@ def compare_pictures(drawn, true) -> dict[str, float]:
 
 def load_lpips() -> Callable:
     """
-    LPIPS (Zhang et al. 2018) of torchmetrics with AlexNet, as a function of two PIL pictures, in percent.
+    LPIPS (Zhang et al. 2018) of torchmetrics with AlexNet, as a function of two PIL pictures of at least 31 x 31 pixels, in percent.
 
     Raises:
         ValueError: if torchvision, whose AlexNet it needs, is not installed.
@@ -80,6 +86,11 @@ def load_lpips() -> Callable:
     metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
 
     def lpips(drawn, true):
+        if min(drawn.size) < SMALLEST_LPIPS:
+            raise ValueError(
+                f"LPIPS's AlexNet needs pictures of at least {SMALLEST_LPIPS} x {SMALLEST_LPIPS} pixels, and these have "
+                f"{drawn.size[0]} x {drawn.size[1]}."
+            )
         tensors = [
             torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None] / 255
             for picture in (drawn, true)
@@ -99,19 +110,24 @@ def draw_samples(
     progress: Callable[[int], None] = lambda number: None,
 ) -> None:
     """
-    Draws what samples ask for, into pictures `0.png`, `1.png`, ... of a folder; those that have a record are left as they are.
+    Draws what samples ask for, into pictures `0.png`, `1.png`, ... of a folder; those that are there and have a record are
+    left as they are.
 
     Args:
         model, processor: As `from_pretrained` loads them.
-        samples (`list[dict]`): As `healthgpt.training.read_samples` reads them.
+        samples (`list[dict]`): As `healthgpt.samples.read_samples` reads them.
         folder (`Path`): Folder of the pictures.
         records (`Records`): What an earlier run has drawn.
         batch_size (`int`, defaults to 8): Pictures drawn at once.
         progress (`Callable`, *optional*): Called with the number of pictures that were drawn since the last call.
     """
     folder.mkdir(exist_ok=True)
-    progress(len(records.done))
-    left = [number for number in range(len(samples)) if str(number) not in records.done]
+    left = [
+        number
+        for number in range(len(samples))
+        if str(number) not in records.done or not (folder / f"{number}.png").exists()
+    ]
+    progress(len(samples) - len(left))
     for start in range(0, len(left), batch_size):
         numbers = left[start : start + batch_size]
         tasks = [samples[number]["task"] for number in numbers]

@@ -1,6 +1,7 @@
 """Runs over a model: batches, resuming, tables; and the metrics of pictures against other libraries."""
 
 import json
+import math
 import os
 import resource
 from functools import partial
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import GOLDEN, inputs_of
 from PIL import Image
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.utilities.imports import _TORCHVISION_AVAILABLE
 from typer.testing import CliRunner
 
 from healthgpt.app.cli import app
@@ -61,7 +62,7 @@ def test_batches_give_the_golden_answers_and_a_killed_run_goes_on(m3, tmp_path, 
     assert len((tmp_path / "run/records.jsonl").read_text().splitlines()) == len(items)
     with pytest.raises(ValueError, match="holds a run with other settings"):
         Records(tmp_path / "run", {"checkpoint": "other"})
-    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    flat(0).save(tmp_path / "0.png")
     refused = run("pictures", tmp_path, tmp_path, "-o", tmp_path / "run")
     assert "holds a run with other settings" in str(refused.exception)
     assert not (tmp_path / "run/results.json").exists()
@@ -86,25 +87,50 @@ def test_accuracies_and_their_intervals():
     assert summary["closed"]["high"] == pytest.approx(100 * (centre + half) / (1 + z * z / n), abs=1e-3)
 
 
-def test_metrics_of_pictures_and_their_means():
+def flat(value, size=(20, 16)):
+    return Image.new("RGB", size, (value, value, value))
+
+
+@pytest.mark.parametrize("drawn, true", [(100, 120), (0, 255), (7, 250)])
+def test_metrics_of_flat_pictures_have_a_closed_form(drawn, true):
+    """Without variance SSIM is its term of luminance (Wang et al. 2004, equation 6)."""
+    constant = (0.01 * 255) ** 2
+    score = compare_pictures(flat(drawn), flat(true))
+    assert score["SSIM"] == pytest.approx(100 * (2 * drawn * true + constant) / (drawn**2 + true**2 + constant))
+    assert score["MSE"] == (drawn - true) ** 2
+    assert score["PSNR"] == pytest.approx(10 * math.log10(255**2 / (drawn - true) ** 2), abs=1e-9)
+
+
+def test_metrics_of_pictures_are_those_of_their_equations():
+    """SSIM by its equation, the Gaussian window as a convolution, over the pixels that have a whole window."""
     rng = np.random.default_rng(0)
     true = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
     drawn = np.clip(true + rng.normal(0, 20, true.shape), 0, 255).astype(np.uint8)
     score = compare_pictures(Image.fromarray(drawn), Image.fromarray(true))
-    error = ((drawn.astype(float) - true) ** 2).mean()
+    x, y = (torch.tensor(picture).movedim(-1, 0)[:, None].double() for picture in (drawn, true))
+    error = (x - y).square().mean().item()
     assert score["MSE"] == pytest.approx(error)
-    expected = peak_signal_noise_ratio(torch.tensor(drawn).float(), torch.tensor(true).float(), data_range=255.0)
-    assert score["PSNR"] == pytest.approx(expected.item(), abs=1e-3)
-    planes = (torch.tensor(picture).movedim(-1, 0)[None].double() for picture in (drawn, true))
-    expected = structural_similarity_index_measure(*planes, data_range=255.0, sigma=1.5, kernel_size=11)
-    assert score["SSIM"] == pytest.approx(100 * expected.item(), abs=0.5)  # it counts the borders otherwise
+    assert score["PSNR"] == pytest.approx(10 * math.log10(255**2 / error))
+    line = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64) ** 2) / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2)[None, None]
+
+    def mean(picture):
+        return torch.nn.functional.conv2d(picture, window)
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    a, b = mean(x), mean(y)
+    variances, covariance = mean(x * x) - a * a + mean(y * y) - b * b, mean(x * y) - a * b
+    ssim = (2 * a * b + c1) * (2 * covariance + c2) / ((a * a + b * b + c1) * (variances + c2))
+    assert score["SSIM"] == pytest.approx(100 * ssim.mean().item(), abs=1e-6)
     same = compare_pictures(Image.fromarray(true), Image.fromarray(true))
-    assert same == {"SSIM": 100.0, "PSNR": 100.0, "MSE": 0.0}
+    assert same == {"SSIM": pytest.approx(100.0), "PSNR": 100.0, "MSE": 0.0}
     summary = summarise_pictures([score, same] * 50)
     assert summary["MSE"]["value"] == pytest.approx(error / 2)
     assert summary["MSE"]["low"] < error / 2 < summary["MSE"]["high"] and summary["MSE"]["high"] < 0.65 * error
     with pytest.raises(ValueError, match="cannot be compared"):
         compare_pictures(Image.fromarray(drawn), Image.fromarray(true[:30]))
+    with pytest.raises(ValueError, match="windows of 11 x 11 pixels, and the pictures have 20 x 10"):
+        compare_pictures(flat(0, (20, 10)), flat(0, (20, 10)))
 
 
 def test_the_table_stands_beside_the_published_figures(tmp_path):
@@ -133,6 +159,12 @@ def test_the_command_line(data, checkpoints, tmp_path):
     again = run("draw", data / "generation.jsonl", "-c", folder, "-o", tmp_path / "d", "--name", "reconstruction")
     assert again.output.splitlines()[-5:] == drawn.output.splitlines()[-5:]
     assert (tmp_path / "d/drawn/1.png").stat().st_mtime_ns == before
+    drawing = np.asarray(Image.open(tmp_path / "d/drawn/0.png"), dtype=int)
+    (tmp_path / "d/drawn/0.png").unlink()
+    run("draw", data / "generation.jsonl", "-c", folder, "-o", tmp_path / "d", "--name", "reconstruction")
+    redrawn = np.asarray(Image.open(tmp_path / "d/drawn/0.png"), dtype=int)
+    assert abs(redrawn - drawing).max() <= 1  # alone, not in a batch
+    assert (tmp_path / "d/drawn/1.png").stat().st_mtime_ns == before
     compared = run("pictures", tmp_path / "d/drawn", tmp_path / "d/drawn", "-o", tmp_path / "p")
     assert compared.exit_code == 0 and "| SSIM | 100.00 |" in compared.output
     assert len(list((tmp_path / "a").iterdir())) == 4
@@ -141,7 +173,11 @@ def test_the_command_line(data, checkpoints, tmp_path):
     assert "holds a run with other settings" in str(stale.exception)
     (tmp_path / "none.jsonl").touch()
     empty = run("answers", "samples", tmp_path / "none.jsonl", "-c", folder, "-o", tmp_path / "x")
-    assert "has no questions" in str(empty.exception)
+    assert "has no samples" in str(empty.exception)
+    drawings = run("answers", "samples", data / "generation.jsonl", "-c", folder, "-o", tmp_path / "x")
+    assert "has no questions" in str(drawings.exception)
+    split = run("answers", "samples", data / "both.jsonl", "-c", folder, "-o", tmp_path / "x", "--split", "test")
+    assert "--split is for benchmarks" in str(split.exception)
     refused = run("draw", data / "comprehension.jsonl", "-c", folder, "-o", tmp_path / "x")
     assert "has no samples with a target_image" in str(refused.exception) and not (tmp_path / "x").exists()
 
@@ -188,7 +224,8 @@ def test_pictures_of_16_bits_and_more_than_files_may_be_open(tmp_path):
     assert "| MSE | 0.00 | 0.00 to 0.00 | 40 |" in compared.output, compared.exception
 
 
+@pytest.mark.skipif(_TORCHVISION_AVAILABLE, reason="torchvision is installed")
 def test_lpips_says_what_it_needs(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    flat(0).save(tmp_path / "1.png")
     result = run("pictures", tmp_path, tmp_path, "-o", tmp_path / "out", "--lpips")
     assert "LPIPS needs torchvision" in str(result.exception)

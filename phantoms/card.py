@@ -44,6 +44,13 @@ which is the most that can be reached:
 |---|---|---|---|---|
 {pictures}
 
+The figures above say little about a small finding. Asked what is abnormal in a picture that should show something, the small model names
+it, in percent, in what it drew, in the true picture through the VQGAN and in the true picture:
+
+| task | pictures with a finding | drawn | VQGAN's ceiling | truth |
+|---|---|---|---|---|
+{findings}
+
 {comparison}## On real pictures
 
 Pictures that nobody here drew, which it was never meant for:
@@ -72,7 +79,8 @@ def nano_card(
     Args:
         name (`str`): Folder from which the snippet loads.
         parameters (`int`): Number of parameters.
-        own (`dict[str, dict]`): `answers` and `pictures` of [`report_answers`] and [`report_pictures`].
+        own (`dict[str, dict]`): `answers`, `pictures` and `findings` of [`report_answers`], [`report_pictures`] and
+            [`report_findings`].
         compared (`dict[str, dict]`): The same by other ways of training, if these were compared.
         real (`dict[str, tuple[str, str]]`): Its modality and its description of real pictures, by name.
     """
@@ -91,6 +99,11 @@ def nano_card(
         f"| {task} | {' | '.join(scores(ways[way]) if way in ways else '' for way in ('drawn', 'input', 'mean', 'ceiling'))} |"
         for task, ways in own["pictures"].items()
     ]
+    findings = [
+        f"| {task} | {ways['truth']['count']} | "
+        f"{' | '.join(format(ways[way]['value'], '.0f') for way in ('drawn', 'ceiling', 'truth'))} |"
+        for task, ways in own["findings"].items()
+    ]
     rows = []
     for way, report in {"three stages": own, **compared}.items():
         cells = [f"{report['answers'][kind]['value']:.1f}" for kind in ("modality", "closed", "open")]
@@ -106,6 +119,7 @@ def nano_card(
         drawings=next(iter(own["pictures"].values()))["drawn"]["SSIM"]["count"],
         answers="\n".join(answers),
         pictures="\n".join(pictures),
+        findings="\n".join(findings),
         comparison=COMPARISON.format(rows="\n".join(rows)) if compared else "",
         real="\n".join(f"| {picture} | {' | '.join(texts)} |" for picture, texts in real.items()),
     )

@@ -30,19 +30,21 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from ..hub_export import ExportSources, export
 from ..hub_export.card import CARD_NAME
 from ..hub_export.plugins import extract_plugin
+from ..hub_export.write import write_json
+from ..runs import begin
+from ..samples import read_samples
 from ..training import (
     HealthGPTTrainer,
     Recipe,
     TrainingCollator,
     add_codes,
-    read_samples,
     start_fusion,
     training_arguments,
 )
 from ..training.trainer import TRAINED_NAME
 from .card import nano_card
 from .parts import Log, build_base, build_vision, build_vqgan
-from .report import describe, report_answers, report_pictures
+from .report import describe, draw_tasks, report_answers, report_findings, report_pictures
 from .samples import write_samples
 
 REAL = Path(__file__).parent.parent / "tests/golden/images"
@@ -64,20 +66,24 @@ class Stage:
 
 REPORTS = ("Describe this picture.", "Write a short report.")
 STAGES = (
-    Stage("alignment_text", ("comprehension",), REPORTS, Recipe({"projector": 2e-3}, 16, 0.0), 300),
+    Stage("alignment_text", ("comprehension",), REPORTS, Recipe({"projector": 2e-3}, 16, 0.0, "cosine"), 300),
     Stage(
         "alignment_image",
         ("generation",),
         ("Reconstruct",),
-        Recipe({"projector": 2e-3, "plugin": 2e-3}, 16, 0.0),
+        Recipe({"projector": 2e-3, "plugin": 2e-3}, 16, 0.0, "cosine"),
         150,
     ),
     Stage("fusion", ("comprehension", "generation"), (), Recipe({"token_tables": 5e-3}, 16, 0.0, "constant"), 400),
-    Stage("instruction_text", ("comprehension",), (), Recipe({"projector": 1e-3, "plugin": 2e-3}, 16, 0.0), 600),
-    Stage("instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0), 2000),
+    Stage(
+        "instruction_text", ("comprehension",), (), Recipe({"projector": 1e-3, "plugin": 2e-3}, 16, 0.0, "cosine"), 600
+    ),
+    Stage(
+        "instruction_image", ("generation",), (), Recipe({"projector": 2e-3, "plugin": 3e-3}, 16, 0.0, "cosine"), 2000
+    ),
 )
 
-MIXED = Recipe({"projector": 1e-3, "plugin": 2e-3, "token_tables": 5e-3}, 16, 0.0)
+MIXED = Recipe({"projector": 1e-3, "plugin": 2e-3, "token_tables": 5e-3}, 16, 0.0, "cosine")
 WAYS = {
     "stage 1 alone": STAGES[:2],
     "without stage 2": STAGES[:2] + STAGES[3:],
@@ -104,11 +110,17 @@ def build(work: Path, output: Path, scale: float = 1.0, compare: bool = False) -
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    work.mkdir(parents=True, exist_ok=True)
+    begin(work, {"scale": scale, "stages": [repr(stage) for stage in STAGES]})
     build_parts(work, scale, log)
     model, processor = run_stages(work, work / "stages", STAGES, scale, log)
-    own = measure(model, processor, work / "report.json", scale, log)
     publish(model, processor, work)
+    log("export")
+    exported = work / "exported" / output.name  # a checkpoint remembers the name of its folder
+    exported.parent.mkdir(exist_ok=True)
+    shutil.rmtree(exported, ignore_errors=True)
+    export(sources_of(work, work / "trained"), exported)
+    model, processor = load(exported)
+    own = measure(model, processor, work / "report.json", scale, log)
     (work / "compared").mkdir(exist_ok=True)
     for way, stages in WAYS.items() if compare else ():
         log(way)
@@ -116,12 +128,6 @@ def build(work: Path, output: Path, scale: float = 1.0, compare: bool = False) -
         measure(*trained, work / f"compared/{way}.json", scale, log)
     compared = {way: work / f"compared/{way}.json" for way in WAYS}
     compared = {way: json.loads(path.read_text()) for way, path in compared.items() if path.exists()}
-    log("export")
-    exported = work / "exported" / output.name  # a checkpoint remembers the name of its folder
-    exported.parent.mkdir(exist_ok=True)
-    shutil.rmtree(exported, ignore_errors=True)
-    export(sources_of(work, work / "trained"), exported)
-    model, processor = load(exported)
     card = nano_card(output.name, model.num_parameters(), own, compared, describe(model, processor, REAL))
     (exported / CARD_NAME).write_text(card, encoding="utf-8")
     shutil.rmtree(output, ignore_errors=True)
@@ -157,7 +163,7 @@ def share(steps: int, scale: float) -> int:
 def run_stages(work: Path, folder: Path, stages: tuple[Stage, ...], scale: float, log: Log):
     """Trains the stages one after the other, with results in `folder`, and returns model and processor."""
     model, processor = load(work / "start")
-    samples = {task: read_samples(work / f"data/{task}.jsonl", model.config) for task in KINDS}
+    samples = {task: read_samples(work / f"data/{task}.jsonl", model.config, processor) for task in KINDS}
     samples = {task: add_codes(rows, model, processor, batch_size=64) for task, rows in samples.items()}
     for stage in stages:
         log(stage.name)
@@ -170,8 +176,10 @@ def measure(model, processor, path: Path, scale: float, log: Log) -> dict:
     """What the model makes of the test split, from the file if that is known."""
     if not path.exists():
         answers = report_answers(model, processor, share(200, scale), log)
-        pictures = report_pictures(model, processor, share(100, scale), log)
-        path.write_text(json.dumps({"answers": answers, "pictures": pictures}, indent=2))
+        drawings = draw_tasks(model, processor, share(100, scale))
+        pictures = report_pictures(drawings, log)
+        findings = report_findings(model, processor, drawings, log)
+        write_json(path, {"answers": answers, "pictures": pictures, "findings": findings})
     return json.loads(path.read_text())
 
 
@@ -233,7 +241,6 @@ def train(model, processor, stage: Stage, samples: dict[str, Dataset], folder: P
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        lr_scheduler_type="constant" if stage.recipe.schedule == "constant" else "cosine",
         max_grad_norm=1.0,
         seed=0,
     )

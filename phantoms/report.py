@@ -4,6 +4,8 @@ What a model makes of the phantoms of the test split, beside trivial answers: ta
     answers    accuracy by kind of question           beside the most frequent answer of training
     pictures   SSIM and PSNR by drawing task          beside the input copied, the mean training target and, as the ceiling, the
                                                       true picture through the VQGAN
+    findings   whether the model sees in a drawing    beside the true picture, and that through the VQGAN
+               what it should show
 """
 
 import tempfile
@@ -46,31 +48,24 @@ def report_answers(model, processor, count: int, log=lambda text: None) -> dict[
         known = Counter(comprehension_sample("train", number, kind)["response"] for number in range(TRAINING))
         majority = known.most_common(1)[0][0]
         samples = [comprehension_sample("test", number, kind) for number in range(count)]
-        items = [
-            Item(
-                str(number), sample["instruction"], sample["response"], "open", partial(list, [sample["input_image"]])
-            )
-            for number, sample in enumerate(samples)
-        ]
-        with tempfile.TemporaryDirectory() as folder:
-            answered = answer_items(model, processor, items, Records(Path(folder), {}), batch_size=32)
+        asked = [(sample["input_image"], sample["instruction"], sample["response"]) for sample in samples]
         trivial = 100 * sum(sample["response"] == majority for sample in samples) / count
-        found[kind] = summarise_answers(answered)["all"] | {"majority": majority, "trivial": trivial}
+        found[kind] = ask(model, processor, asked) | {"majority": majority, "trivial": trivial}
         log(f"{kind}: {found[kind]['value']:.1f} %, the most frequent answer {trivial:.1f} %")
     return found
 
 
-def report_pictures(model, processor, count: int, log=lambda text: None) -> dict[str, dict]:
+def draw_tasks(model, processor, count: int) -> dict[str, tuple[list[dict], dict[str, list[Image.Image]]]]:
     """
-    SSIM and PSNR of every drawing task.
+    Pictures for samples of every drawing task.
 
     Args:
-        model, processor, log: As in [`report_answers`].
+        model, processor: As in [`report_answers`].
         count (`int`): Pictures of each task.
 
     Returns:
-        `dict[str, dict]`: By task and then by way (`drawn`, `input`, `mean`, `ceiling`) what `summarise_pictures` gives; a
-        task without input picture has no `input`.
+        `dict`: By task the samples, and their pictures by way: `drawn`, `input`, `mean`, `ceiling` and `truth`; a task
+        without input picture has no `input`.
     """
     found = {}
     for kind in INSTRUCTIONS:
@@ -80,14 +75,31 @@ def report_pictures(model, processor, count: int, log=lambda text: None) -> dict
         )
         samples = [drawing_sample("test", number, kind) for number in range(count)]
         targets = [sample["target_image"] for sample in samples]
-        ways = {"drawn": draw(model, processor, samples), "mean": [mean] * count}
+        ways = {"drawn": draw(model, processor, samples), "mean": [mean] * count, "truth": targets}
         if samples[0]["input_image"] is not None:
             ways["input"] = [sample["input_image"] for sample in samples]
         codes = model.encode_image(processor.process_target_images(targets))
         pixels = model.decode_image_tokens(codes + model.config.image_code_offset)
         ways["ceiling"] = processor.post_process_multimodal_output(pixels, generation_mode="image")
+        found[kind] = samples, ways
+    return found
+
+
+def report_pictures(drawings: dict, log=lambda text: None) -> dict[str, dict]:
+    """
+    SSIM and PSNR of every drawing task.
+
+    Args:
+        drawings (`dict`): Of [`draw_tasks`].
+        log: As in [`report_answers`].
+
+    Returns:
+        `dict[str, dict]`: By task and then by way what `summarise_pictures` gives.
+    """
+    found = {}
+    for kind, (_, ways) in drawings.items():
         found[kind] = {
-            way: summarise_pictures([compare_pictures(*pair) for pair in zip(pictures, targets, strict=True)])
+            way: summarise_pictures([compare_pictures(*pair) for pair in zip(pictures, ways["truth"], strict=True)])
             for way, pictures in ways.items()
         }
         scores = {
@@ -95,6 +107,38 @@ def report_pictures(model, processor, count: int, log=lambda text: None) -> dict
         }
         log(f"{kind}: SSIM/PSNR {scores}")
     return found
+
+
+def report_findings(model, processor, drawings: dict, log=lambda text: None) -> dict[str, dict[str, dict]]:
+    """
+    How often the model, asked what is abnormal, names the finding that a picture should show, by task and then by way
+    (`drawn`, `ceiling`, `truth`), as `summarise_answers` gives it.
+
+    Args:
+        model, processor, log: As in [`report_answers`].
+        drawings (`dict`): Of [`draw_tasks`].
+    """
+    found = {}
+    for kind, (samples, ways) in drawings.items():
+        shown = [number for number, sample in enumerate(samples) if sample["finding"] != "no finding"]
+        found[kind] = {}
+        for way in ("drawn", "ceiling", "truth"):
+            asked = [(ways[way][number], QUESTIONS["open"][0], samples[number]["finding"]) for number in shown]
+            found[kind][way] = ask(model, processor, asked)
+        log(f"{kind}: findings { ({way: result['value'] for way, result in found[kind].items()}) }")
+    return found
+
+
+def ask(model, processor, questions: list[tuple[Image.Image, str, str]]) -> dict:
+    """Accuracy of the answers to questions, each a picture, a text and the true answer."""
+    items = [
+        Item(str(number), text, truth, "open", partial(list, [picture]))
+        for number, (picture, text, truth) in enumerate(questions)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        return summarise_answers(answer_items(model, processor, items, Records(Path(folder), {}), batch_size=32))[
+            "all"
+        ]
 
 
 def draw(model, processor, samples: list[dict]) -> list[Image.Image]:

@@ -110,25 +110,32 @@ def drawing_sample(split: str, number: int, task: str | None = None) -> dict:
         task (`str`, *optional*): A key of `INSTRUCTIONS`; by default any.
 
     Returns:
-        `dict`: `drawing` (its kind), `instruction`, `input_image` (a PIL picture or `None`), `target_image`.
+        `dict`: `drawing` (its kind), `instruction`, `input_image` (a PIL picture or `None`), `target_image` and its `finding`.
     """
     rng = np.random.default_rng(seed_of(split, number, task or "drawing"))
     kind = task or str(rng.choice(tuple(DRAWING_SHARES), p=tuple(DRAWING_SHARES.values())))
-    report = ""
+    report, source = "", None
     if kind in ("ct_to_mri", "mri_to_ct"):
-        ct, mri = (case.picture for case in draw_brain_pair(rng))
-        source, target = (ct, mri) if kind == "ct_to_mri" else (mri, ct)
+        pair = draw_brain_pair(rng)
+        case, other = reversed(pair) if kind == "ct_to_mri" else pair
+        source = other.picture
     elif kind == "reconstruction":
-        source = target = draw_case(rng).picture
+        case = draw_case(rng)
+        source = case.picture
     elif kind == "super_resolution":
-        target = draw_brain_pair(rng)[int(rng.integers(2))].picture
-        small = target.resize((target.width // 4, target.height // 4), Image.Resampling.BOX)
-        source = small.resize(target.size, Image.Resampling.BICUBIC)
+        case = draw_brain_pair(rng)[int(rng.integers(2))]
+        small = case.picture.resize((case.picture.width // 4, case.picture.height // 4), Image.Resampling.BOX)
+        source = small.resize(case.picture.size, Image.Resampling.BICUBIC)
     else:
         case = draw_case(rng, "X-ray")
-        source, target, report = None, case.picture, report_of(case)
-    instruction = INSTRUCTIONS[kind].format(report=report)
-    return {"drawing": kind, "instruction": instruction, "input_image": source, "target_image": target}
+        report = report_of(case)
+    return {
+        "drawing": kind,
+        "instruction": INSTRUCTIONS[kind].format(report=report),
+        "input_image": source,
+        "target_image": case.picture,
+        "finding": name_finding(case),
+    }
 
 
 def write_samples(folder: Path, split: str, comprehension: int, drawing: int) -> None:

@@ -1,6 +1,9 @@
 """The small model: how it is built, and what the one that comes with the package can do."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,11 @@ from typer.testing import CliRunner
 
 from healthgpt.app.cli import app
 from healthgpt.conversations import conversation, prepare
+from healthgpt.evaluation import compare_pictures
 from healthgpt.hub_export.merge import HUB_FILES
 from healthgpt.phantoms import demo, drawing_sample, nano
 from healthgpt.phantoms.parts import around_picture
-from healthgpt.phantoms.report import report_answers, report_pictures
+from healthgpt.phantoms.report import draw_tasks, report_answers, report_findings, report_pictures
 from healthgpt.phantoms.samples import INSTRUCTIONS, comprehension_sample
 
 ROOT = Path(__file__).parent.parent.parent
@@ -66,11 +70,21 @@ def test_it_denies_a_finding_although_there_is_another(small):
 
 
 def test_it_draws_better_than_trivial_pictures(small):
-    pictures = report_pictures(*small, 12)
-    for task in ("ct_to_mri", "mri_to_ct", "super_resolution", "report_to_xray"):
-        for metric in ("SSIM", "PSNR"):
-            trivial = max(pictures[task][way][metric]["value"] for way in ("input", "mean") if way in pictures[task])
-            assert pictures[task]["drawn"][metric]["value"] > trivial, (task, metric)
+    drawings = draw_tasks(*small, 16)
+    pictures = report_pictures(drawings)
+    assert pictures.keys() == INSTRUCTIONS.keys()
+    for task, ways in pictures.items():
+        for metric, margin, lost in (("SSIM", 15, 6), ("PSNR", 3, 3.5)):
+            drawn, ceiling = (ways[way][metric]["value"] for way in ("drawn", "ceiling"))
+            trivial = [ways[way][metric]["value"] for way in ("input", "mean") if way in ways]
+            if task == "reconstruction":  # whose input is the truth
+                trivial = [ways["mean"][metric]["value"]]
+            assert drawn > max(trivial) + margin, (task, metric)
+            assert ceiling - lost < drawn <= ceiling + 1, (task, metric)
+    findings = report_findings(*small, drawings)
+    for task, ways in findings.items():
+        shown = sum(sample["finding"] != "no finding" for sample in drawings[task][0])
+        assert {result["count"] for result in ways.values()} == {shown} and ways["truth"]["value"] >= 70
 
 
 def test_the_commands_use_it_where_no_checkpoint_is_named(tmp_path):
@@ -98,6 +112,23 @@ def test_the_sheet_shows_input_output_and_truth(small, tmp_path):
             assert shown == (picture or Image.new("RGB", (64, 64), "white"))
 
 
+def test_the_demonstration_answers_five_questions_and_draws_five_pictures(tmp_path):
+    command = [sys.executable, "-m", "healthgpt.phantoms.demo", ROOT / "nano", tmp_path / "demo"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    answered = re.findall(r"^    answer: (.+)    \(true: (.+)\)$", shown, flags=re.MULTILINE)
+    assert len(answered) == 5 and all(answer == truth for answer, truth in answered)
+    for number, task in enumerate(INSTRUCTIONS):
+        truth = drawing_sample("test", 0, task)["target_image"]
+        drawn = Image.open(tmp_path / f"demo/{task}.png")
+        assert f"{task}: {tmp_path / 'demo' / task}.png" in shown
+        assert compare_pictures(drawn, truth)["SSIM"] > 60
+        sheet = Image.open(tmp_path / "demo/sheet.png")
+        left, top = 2 * demo.MARGIN + demo.SCALE * 64, 2 * demo.TITLE
+        top += number * (demo.SCALE * 64 + demo.TITLE + demo.MARGIN)
+        part = sheet.crop((left, top, left + demo.SCALE * 64, top + demo.SCALE * 64))
+        assert part.resize((64, 64), Image.Resampling.NEAREST).tobytes() == drawn.tobytes()
+
+
 def test_it_is_built_from_nothing_and_a_second_run_has_nothing_to_train(tmp_path, monkeypatch):
     """At 0.3 % of its steps and samples, which teach nothing."""
     monkeypatch.setattr(nano, "REAL", GOLDEN / "images")
@@ -115,3 +146,5 @@ def test_it_is_built_from_nothing_and_a_second_run_has_nothing_to_train(tmp_path
         path: path.stat().st_mtime_ns for path in (tmp_path / "work/stages").rglob("trained.safetensors")
     } == trained
     assert "| stage 1 alone | " in (tmp_path / "small/README.md").read_text()
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(its run.json differs in scale\)"):
+        nano.build(tmp_path / "work", tmp_path / "small", scale=0.004)

@@ -19,7 +19,7 @@ from healthgpt.phantoms import (
 )
 from healthgpt.phantoms.anatomy import SIDED, brain, chest, liver
 from healthgpt.phantoms.samples import INSTRUCTIONS, QUESTIONS
-from healthgpt.training import read_samples
+from healthgpt.samples import read_samples
 
 
 def test_a_sample_follows_from_its_split_and_number():
@@ -113,9 +113,9 @@ def test_every_modality_and_finding_is_drawn():
 
 def test_samples_on_disk_are_those_that_training_reads(tmp_path, m3):
     write_samples(tmp_path, "train", 3, 4)
-    config = m3[1].config
-    rows = read_samples(tmp_path / "comprehension.jsonl", config)
+    _, model, processor = m3
+    rows = read_samples(tmp_path / "comprehension.jsonl", model.config, processor)
     assert rows["response"][1] == comprehension_sample("train", 1)["response"]
-    rows = read_samples(tmp_path / "generation.jsonl", config)
+    rows = read_samples(tmp_path / "generation.jsonl", model.config, processor)
     written = Image.open(rows["target_image"][2]).convert("RGB")
     assert written.tobytes() == drawing_sample("train", 2)["target_image"].tobytes()

@@ -155,8 +155,17 @@ def compare(reference: Measurement, found: Measurement) -> dict[str, float]:
 
 def in_own_process(function: Callable, *arguments):
     """What a function of a module returns in a new process, whose memory is its own; an interrupt ends it at once."""
-    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), prepare_process) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def prepare_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for library in (
+        "accelerate",
+        "bitsandbytes",
+    ):  # which say that they do what was asked of them, and what would be faster
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def quantise(checkpoint: str | Path, precision: str, output: str) -> None:
@@ -167,8 +176,6 @@ def quantise(checkpoint: str | Path, precision: str, output: str) -> None:
 
 def load(checkpoint: str | Path, **settings):
     disable_progress_bar()
-    for library in ("accelerate", "bitsandbytes"):  # which say at every step that they do what was asked of them
-        logging.getLogger(library).setLevel(logging.ERROR)
     with reading(checkpoint):
         return AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, **settings)
 

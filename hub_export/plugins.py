@@ -156,7 +156,10 @@ def add_plugin(
         ("has besides", tensors.keys() - expected.keys()),
     ):
         if keys:
-            raise CheckpointError(f"{plugin} {problem} {list_names(sorted(keys))} of a plugin for {checkpoint}.")
+            raise CheckpointError(
+                f"{plugin} does not fit the {grown.text_config.num_hidden_layers} layers of {checkpoint}: it {problem} "
+                f"{list_names(sorted(keys))}."
+            )
     for key, tensor in tensors.items():
         if tensor.shape != expected[key]:
             raise CheckpointError(
@@ -247,6 +250,8 @@ def write_plugin(folder: Path, name: str, task: dict, tensors: dict[str, torch.T
 
 def read_checkpoint(checkpoint: Path) -> tuple[HealthGPTConfig, dict[str, str]]:
     """Configuration of a checkpoint and the file that each of its tensors lies in."""
+    if not (checkpoint / "config.json").is_file():
+        raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
     settings = read_json(checkpoint / "config.json")
     if settings.get("model_type") != HealthGPTConfig.model_type:
         raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint.")

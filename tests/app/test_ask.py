@@ -162,7 +162,7 @@ def rows_of(path):
 def test_a_stopped_run_leaves_whole_rows_and_goes_on(number, code, folder, pictures, tmp_path):
     many(pictures)
     output = tmp_path / "answers.jsonl"
-    arguments = ["ask", pictures, "What?", "-c", folder, "-o", output, "--max-new-tokens", 30]
+    arguments = ["ask", pictures, "What?", "-c", folder, "-o", output, "--max-new-tokens", 100]
     process = start(*arguments, "--batch-size", 1)
     while process.poll() is None and not (output.exists() and len(rows_of(output)) > 1):
         time.sleep(0.01)

@@ -35,10 +35,12 @@ def test_it_runs():
         "--layers",
         "1",
         "--rank",
-        "8",
+        "32",
         "--experts",
         "2",
         "4",
+        "8",
+        "32",
         "--tokens",
         "8",
         "--rounds",
@@ -46,10 +48,16 @@ def test_it_runs():
     ]
     command = [sys.executable, "-m", "healthgpt.benchmarks.training_step", *options]
     table = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:7]] == [
-        "LoRA",
-        "mixture",
-        "H-LoRA",
-        "mixture",
-        "H-LoRA",
-    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:11]]
+    published = {(adapter, int(experts)): figure for adapter, experts, _, _, figure in rows}
+    assert published == {("LoRA", 1): "1.00"} | {
+        ("mixture", 2): "",
+        ("H-LoRA", 2): "",
+        ("mixture", 4): "1.49",
+        ("H-LoRA", 4): "1.00",
+        ("mixture", 8): "",
+        ("H-LoRA", 8): "",
+        ("mixture", 32): "5.80",
+        ("H-LoRA", 32): "1.01",
+    }
+    assert rows[0][3] == "1.00" and all(float(seconds) > 0 for _, _, seconds, _, _ in rows)

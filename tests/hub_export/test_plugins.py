@@ -181,8 +181,11 @@ def test_what_does_not_fit_leaves_the_checkpoint_as_it_was(folder, tmp_path, che
     tensors = load_file(plugin / "plugin.safetensors")
     first = sorted(tensors)[0]
     for change, message in (
-        ({first: None}, "lacks 1 tensor"),
-        ({"model.projectors.generation.9.bias": torch.zeros(2)}, "has besides 1 tensor"),
+        ({first: None}, "does not fit the 2 layers of .*: it lacks 1 tensor"),
+        (
+            {"model.projectors.generation.9.bias": torch.zeros(2)},
+            "does not fit the 2 layers of .*: it has besides 1 tensor",
+        ),
         ({first: torch.zeros(2, 2)}, r"has the shape \[2, 2\], but"),
         ({first: tensors[first] * torch.nan}, "NaN or infinite"),
         ({first: tensors[first].long()}, "holds torch.int64 instead of floating point numbers"),
@@ -202,6 +205,7 @@ def test_what_does_not_fit_leaves_the_checkpoint_as_it_was(folder, tmp_path, che
             "no task 'segmentation'; it has comprehension",
         ),
         (lambda: extract_plugin(GOLDEN / "m3/base", "generation", tmp_path / "x"), "is no HealthGPT checkpoint"),
+        (lambda: list_plugins(plugin), "is no HealthGPT checkpoint: it has no config.json"),
     ):
         with pytest.raises(CheckpointError, match=message):
             call()

@@ -12,8 +12,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .medical import open_picture
 from .processing_healthgpt import load_picture
@@ -23,6 +22,7 @@ FEATURES = Features(
     {field: Value("string") for field in ("task", "instruction", "response", "target_image", "group")}
     | {"input_image": List(Value("string")), "target_codes": List(Value("int32"))}
 )
+PART = 1000  # rows that are Python objects at once, where codes take ten times the memory that they take in Arrow
 ROWS = ("all", "closed", "open", "choice", "open recall")  # of the table of answers; no group can have these names
 
 
@@ -51,7 +51,7 @@ def read_samples(
     Raises:
         ValueError: if a line is no sample, or a picture is missing or none; the sentence names the line.
     """
-    rows, seen = [], set()
+    parts, rows, seen = [], [], set()
     tokenizer = processor.tokenizer
     reserved = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
     with open(path, "rb") as file:  # what is no UTF-8 belongs to a line too
@@ -70,10 +70,15 @@ def read_samples(
             except ValueError as error:
                 raise ValueError(f"Line {number} of {path} is no sample: {error}") from error
             rows.append(row)
+            if len(rows) == PART:
+                parts.append(Dataset.from_list(rows, features=FEATURES))
+                rows = []
             progress(len(line))
-    if not rows:
+    if rows:
+        parts.append(Dataset.from_list(rows, features=FEATURES))
+    if not parts:
         raise ValueError(f"{path} has no samples.")
-    return Dataset.from_list(rows, features=FEATURES)
+    return concatenate_datasets(parts)
 
 
 def parse(line: bytes):
@@ -121,6 +126,6 @@ def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
         "response": row.get("response"),
         "input_image": [str(folder / picture) for picture in pictures],
         "target_image": str(folder / row["target_image"]) if "target_image" in row else None,
-        "target_codes": np.array(row["target_codes"], dtype=np.int32) if "target_codes" in row else None,
+        "target_codes": row.get("target_codes"),
         "group": group,
     }

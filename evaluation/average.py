@@ -31,33 +31,35 @@ def average_runs(folders: list[Path]) -> tuple[dict[str, dict], dict]:
     Raises:
         ValueError: if a run is not finished, of no benchmark, there twice, lacking or of another checkpoint.
     """
-    runs, folder_of = {}, {}
+    runs, folder_of, common = {}, {}, []
     for folder in folders:
         content = read_json(folder / RESULTS_NAME)
-        name = content.get("benchmark")
+        with reading(folder / RESULTS_NAME):
+            name, results = content["benchmark"], content["results"]
         if name not in BENCHMARKS:
             raise ValueError(f"{folder} is a run of {name!r}; the average is over {', '.join(BENCHMARKS)}.")
         if name in runs:
             raise ValueError(f"{folder_of[name]} and {folder} are both runs of {name}.")
-        runs[name], folder_of[name] = content, folder
+        runs[name], folder_of[name] = results, folder
+        with reading(folder / RESULTS_NAME):
+            common.append({key: content[key] for key in ("checkpoint", "checkpoint_state", "dtype")})
     lacking = [name for name in BENCHMARKS if name not in runs]
     if lacking:
         raise ValueError(f"The average is over {', '.join(BENCHMARKS)}: there is no run of {', '.join(lacking)}.")
-    common = [{key: run[key] for key in ("checkpoint", "checkpoint_state", "dtype")} for run in runs.values()]
     if any(facts != common[0] for facts in common):
         raise ValueError(f"The runs are not of one checkpoint in one precision: {json.dumps(common)}.")
     summary = {}
     for name, metric in FIGURES:
-        if metric not in runs[name]["results"]:
+        if metric not in runs[name]:
             raise ValueError(f"{folder_of[name]} has no {metric} questions of {name}.")
-        summary[f"{name} {metric}"] = runs[name]["results"][metric]
+        summary[f"{name} {metric}"] = runs[name][metric]
     values = resampled_means({name: read_answers(folder_of[name]) for name in runs})
     low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     summary["all"] = {
         "value": sum(figure["value"] for figure in summary.values()) / len(FIGURES),
         "low": low.item(),
         "high": high.item(),
-        "count": sum(runs[name]["results"]["all"]["count"] for name in runs),
+        "count": sum(runs[name]["all"]["count"] for name in runs),
     }
     return summary, common[0] | {"runs": list(map(str, folders))}
 

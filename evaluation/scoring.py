@@ -6,8 +6,7 @@ How an answer is scored.
     choice   right if the answer names the true option's letter, or else its text and no other's; see `chosen_option`
 
 Texts are compared as in the VQA benchmark (Antol et al. 2015): small letters, no punctuation, no articles, unless a text is nothing
-else. HealthGPT's authors
-publish accuracies without their rules, therefore figures beside theirs are near them, not the same measure.
+else. HealthGPT's authors publish accuracies without their rules, therefore figures beside theirs are near them, not the same measure.
 """
 
 import re

@@ -89,6 +89,9 @@ def test_runs_that_cannot_be_averaged(runs, tmp_path):
     (tmp_path / "begun").mkdir()
     with pytest.raises(ValueError, match=r"begun/results.json does not exist"):
         average_runs([tmp_path / "begun"])
+    (tmp_path / "begun/results.json").write_text('{"benchmark": "vqa_rad"}')
+    with pytest.raises(ValueError, match=r"begun/results.json cannot be used: it lacks the entry 'results'"):
+        average_runs([tmp_path / "begun"])
     finish(tmp_path / "other", "vqa_rad", [True], [], checkpoint="l14")
     with pytest.raises(ValueError, match="The runs are not of one checkpoint in one precision"):
         average_runs([*runs[1:], tmp_path / "other"])

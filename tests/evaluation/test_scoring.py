@@ -24,6 +24,11 @@ from healthgpt.evaluation.scoring import chosen_option, is_right, recall
         ("There is no effusion and no pneumothorax.", "no pneumothorax", True),
         ("", "yes", False),
         ("", "lung", False),
+        ("The", "the", True),  # nothing but an article, or punctuation
+        ("The lung.", "the", False),
+        ("+", "+", True),
+        ("-", "+", False),
+        ("a", "A.", True),
     ],
 )
 def test_answers_in_words(answer, truth, right):
@@ -37,6 +42,7 @@ def test_answers_in_words(answer, truth, right):
         ("upper", "upper lobe", 0.5),
         ("", "lobe", 0.0),
         ("a b c d", "e", 0.0),
+        ("++", "++", 1.0),
     ],
 )
 def test_recall(answer, truth, share):

@@ -11,8 +11,13 @@ import typer
 
 from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, read, working
 
+# What may change when a run goes on: it may be longer, save or log at other steps, and run on other hardware.
+MAY_CHANGE = {"output", "epochs", "max_steps", "save_steps", "save_total_limit", "logging_steps", "workers"}
+MAY_CHANGE |= {"gradient_checkpointing", "resume", "as_json", "device"}
+
 
 def train(
+    context: typer.Context,
     data: Annotated[Path, typer.Argument(help="JSON lines: task, instruction, response, input_image, target_image.")],
     checkpoint: RequiredCheckpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the plugin, logs and checkpoints.")],
@@ -86,13 +91,14 @@ def train(
         raise ValueError(f"--epochs is a number above 0, not {epochs}.")
     if stage not in STAGES:
         raise ValueError(f"There is no stage {stage!r}; choose one of {', '.join(STAGES)}.")
-    # What a run that goes on must share with its beginning; it may be longer, and save or log more often.
-    settings = {"stage": stage, "task": task, "kind": kind, "init_from": init_from, "rank": rank, "experts": experts}
-    settings |= {"alpha": alpha, "batch_size": batch_size, "per_device_batch_size": per_device_batch_size}
-    settings |= {"learning_rate": learning_rate, "dropout": dropout, "max_length": max_length, "seed": seed}
-    settings |= {"dtype": dtype, "checkpoint": checkpoint, "checkpoint_state": state_of(checkpoint)}
-    settings |= {"data": str(data), "data_state": state_of(data)}
-    settings |= {} if eval_data is None else {"eval_data": str(eval_data), "eval_data_state": state_of(eval_data)}
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in context.params.items()
+        if name not in MAY_CHANGE
+    }
+    for name in ("checkpoint", "data", "eval_data"):
+        if settings[name] is not None:
+            settings[f"{name}_state"] = state_of(settings[name])
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; --resume goes on with the run in it.")
     if resume and not (output / RUN_NAME).is_file():
@@ -118,13 +124,7 @@ def train(
         raise ValueError(
             f"{data} has tasks of both kinds, {', '.join(trained)}; this stage trains one kind at a time."
         )
-    recipe = recipe_of(stage, kinds[trained[0]], model.config)
-    if learning_rate is not None:
-        factor = learning_rate / max(recipe.learning_rates.values())
-        rates = {part: rate * factor for part, rate in recipe.learning_rates.items()}
-        recipe = replace(recipe, learning_rates=rates)
-    recipe = replace(recipe, batch_size=batch_size or recipe.batch_size)
-    recipe = replace(recipe, dropout=recipe.dropout if dropout is None else dropout)
+    recipe = changed(recipe_of(stage, kinds[trained[0]], model.config), batch_size, learning_rate, dropout)
     answering = start_fusion(model, trained) if stage == "fusion" else {}
 
     arguments = training_arguments(
@@ -181,6 +181,19 @@ def train(
         folder.mkdir(exist_ok=True)
         save_plugin(model, folder.name, folder, with_tables=stage == "fusion")
     print_result(as_json, "\n".join(map(str, folders)), {"plugins": list(map(str, folders))})
+
+
+def changed(recipe, batch_size: int | None, learning_rate: float | None, dropout: float | None):
+    """A recipe with what was chosen in place of the published figures; all its rates are scaled as its highest one."""
+    rates = recipe.learning_rates
+    if learning_rate is not None:
+        rates = {part: rate * learning_rate / max(rates.values()) for part, rate in rates.items()}
+    return replace(
+        recipe,
+        learning_rates=rates,
+        batch_size=batch_size or recipe.batch_size,
+        dropout=recipe.dropout if dropout is None else dropout,
+    )
 
 
 def new_settings(tasks, name: str, init_from: str | None, chosen: dict) -> dict:

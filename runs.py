@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from .hub_export.families import read_json
@@ -15,18 +16,22 @@ def state_of(path: str | Path) -> str | None:
     path = Path(path)
     if not path.exists():
         return None
-    files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
-    stats = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return state_of_files(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+
+
+def state_of_files(files: Iterable[str | Path]) -> str:
+    """A hash of the names, sizes and times of files."""
+    stats = [[str(file), Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in sorted(files)]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def require_same(folder: Path, settings: dict) -> None:
     """
     Raises:
-        ValueError: if the folder holds a run of other settings, or what is known of it is damaged.
+        ValueError: if the run in the folder has other values of these settings, or what is known of it is damaged.
     """
     begun = read_json(folder / RUN_NAME)
-    other = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
+    other = [name for name, value in settings.items() if begun.get(name) != value]
     if other:
         raise ValueError(
             f"{folder} holds a run with other settings (its {RUN_NAME} differs in {', '.join(other)}): choose another folder."

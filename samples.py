@@ -67,7 +67,7 @@ def read_samples(
                 for picture in {*row["input_image"], row["target_image"]} - {None, *seen}:
                     load_picture(open_picture(picture), config.vision_config.image_size)
                     seen.add(picture)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # of brackets without end
                 raise ValueError(f"Line {number} of {path} is no sample: {error}") from error
             rows.append(row)
             if len(rows) == PART:
@@ -79,6 +79,12 @@ def read_samples(
     if not parts:
         raise ValueError(f"{path} has no samples.")
     return concatenate_datasets(parts)
+
+
+def pictures_of(samples: Dataset) -> set[str]:
+    """Paths of all pictures of samples."""
+    inputs = (picture for pictures in samples["input_image"] for picture in pictures)
+    return {*inputs, *filter(None, samples["target_image"])}
 
 
 def parse(line: bytes):
@@ -118,8 +124,11 @@ def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
     if not (isinstance(pictures, list) and all(isinstance(picture, str) for picture in pictures)):
         raise ValueError("input_image must be a path or a list of paths.")
     group = row.get("group")
-    if (group is not None and not (isinstance(group, str) and group.strip())) or group in ROWS:
-        raise ValueError(f"group must be a name, and none of {', '.join(ROWS)}, got {group!r}.")
+    named = isinstance(group, str) and group.strip() and not set(group) & set("|\r\n")
+    if group is not None and (not named or group.strip() in ROWS):
+        raise ValueError(
+            f"group must be a name without | and line breaks, and none of {', '.join(ROWS)}, got {group!r}."
+        )
     return {
         "task": task,
         "instruction": row["instruction"],
@@ -127,5 +136,5 @@ def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
         "input_image": [str(folder / picture) for picture in pictures],
         "target_image": str(folder / row["target_image"]) if "target_image" in row else None,
         "target_codes": row.get("target_codes"),
-        "group": group,
+        "group": group and group.strip(),
     }

@@ -66,7 +66,8 @@ def answers(
     """
     with working("Starting"):
         from ..evaluation import Records, answer_items, items_of, read_benchmark, summarise_answers, write_report
-        from ..runs import state_of
+        from ..runs import state_of, state_of_files
+        from ..samples import pictures_of
 
     items = []
     if benchmark != "samples":
@@ -80,7 +81,9 @@ def answers(
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
     if benchmark == "samples":
-        items = items_of(read(data, model, processor, task))[:limit]
+        samples = read(data, model, processor, task)
+        settings["pictures_state"] = state_of_files(pictures_of(samples))
+        items = items_of(samples)[:limit]
     if not items:
         raise ValueError(f"{data} has no questions.")
     records = Records(output, settings)
@@ -136,13 +139,15 @@ def draw(
     """
     with working("Starting"):
         from ..evaluation import Records, draw_samples, load_lpips
-        from ..runs import state_of
+        from ..runs import state_of, state_of_files
+        from ..samples import pictures_of
 
         measure = load_lpips() if lpips else None
     settings = {"checkpoint": checkpoint, "data": str(data), "task": task, "limit": limit, "dtype": dtype}
     settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
     model, processor = load(checkpoint, device, dtype)
     samples = read(data, model, processor, task)
+    settings["pictures_state"] = state_of_files(pictures_of(samples))
     samples = [sample for sample in samples if sample["target_image"] is not None][:limit]
     if not samples:
         raise ValueError(f"{data} has no samples with a target_image.")

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,7 +74,8 @@ def train(
     with working("Starting"):
         import transformers
 
-        from ..runs import RUN_NAME, begin, require_same, state_of
+        from ..runs import RUN_NAME, begin, require_same, state_of, state_of_files
+        from ..samples import pictures_of
         from ..training import (
             STAGES,
             HealthGPTTrainer,
@@ -96,6 +98,7 @@ def train(
         for name, value in context.params.items()
         if name not in MAY_CHANGE
     }
+    settings["processes"] = int(os.environ.get("WORLD_SIZE", 1))
     for name in ("checkpoint", "data", "eval_data"):
         if settings[name] is not None:
             settings[f"{name}_state"] = state_of(settings[name])
@@ -117,6 +120,11 @@ def train(
     kinds = {name: settings.kind for name, settings in tasks.items()}
     samples = read(data, model, processor, task)
     held_out = None if eval_data is None else read(eval_data, model, processor, task)
+    settings["pictures_state"] = state_of_files(
+        pictures_of(samples) | (set() if held_out is None else pictures_of(held_out))
+    )
+    if resume:
+        require_same(output, settings)  # with the pictures, before anything takes long
     trained = sorted(set(samples["task"]))
     if task is not None and task not in trained:
         raise ValueError(f"No line of {data} has the task {task!r}: name it there, or leave the field task out.")
@@ -137,7 +145,9 @@ def train(
         save_steps=save_steps,
         save_total_limit=save_total_limit,
         logging_steps=logging_steps,
-        eval_strategy="no" if held_out is None else "epoch",
+        # By steps: what is logged "by epoch" comes after the checkpoint of the epoch's last step, and a run that goes on there lacks it.
+        eval_strategy="no" if held_out is None else "steps",
+        eval_steps=math.ceil(len(samples) / recipe.batch_size),
         dataloader_num_workers=workers,
         seed=seed,
         use_cpu=model.device.type == "cpu",
@@ -200,7 +210,12 @@ def new_settings(tasks, name: str, init_from: str | None, chosen: dict) -> dict:
     """Settings of a new task: those of the one it starts from, or as the checkpoint's own or HealthGPT-M3's of its kind, and what was chosen."""
     chosen = {key: value for key, value in chosen.items() if value is not None}
     if init_from in tasks:
-        return asdict(tasks[init_from]) | chosen
+        settings = asdict(tasks[init_from])
+        if chosen.get("kind", settings["kind"]) != settings["kind"]:
+            raise ValueError(
+                f"A task of the kind {chosen['kind']} cannot start from {init_from!r}, which is of the kind {settings['kind']}."
+            )
+        return settings | chosen
     if "kind" not in chosen:
         raise ValueError(
             f"Task {name!r} is new: say its --kind, text or image, or a task of this checkpoint to --init-from."

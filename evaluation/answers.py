@@ -1,5 +1,6 @@
 """Comprehension: a model answers the questions of a benchmark, and its answers are scored."""
 
+from collections import Counter
 from collections.abc import Callable
 from statistics import fmean
 
@@ -38,11 +39,14 @@ def answer_items(
         `list[dict]`: For every item its `name`, `kind`, `group`, `question`, `truth`, `answer`, `right` and `recall`.
 
     Raises:
-        ValueError: if there are no questions.
+        ValueError: if there are no questions, or two of one name.
     """
     if not items:
         raise ValueError("There are no questions to answer.")
-    progress(len(records.done))
+    names = Counter(item.name for item in items)
+    if len(names) < len(items):
+        raise ValueError(f"Several questions have the name {names.most_common(1)[0][0]!r}.")
+    progress(sum(name in records.done for name in names))
     left = [item for item in items if item.name not in records.done]
     for start in range(0, len(left), batch_size):
         batch = left[start : start + batch_size]

@@ -8,7 +8,7 @@ import torch
 from ..hub_export.families import read_json
 from ..hub_export.presets import PRESETS
 from ..hub_export.sources import reading
-from .benchmarks import BENCHMARKS
+from .benchmarks import BENCHMARKS, DEFAULT_SPLITS
 from .records import RECORDS_NAME
 from .report import RESULTS_NAME
 
@@ -29,7 +29,7 @@ def average_runs(folders: list[Path]) -> tuple[dict[str, dict], dict]:
         benchmark are drawn again a thousand times, from a fixed seed.
 
     Raises:
-        ValueError: if a run is not finished, of no benchmark, there twice, lacking or of another checkpoint.
+        ValueError: if a run is not finished, of no benchmark or only a part of it, there twice, lacking or of another checkpoint.
     """
     runs, folder_of, common = {}, {}, []
     for folder in folders:
@@ -42,12 +42,17 @@ def average_runs(folders: list[Path]) -> tuple[dict[str, dict], dict]:
             raise ValueError(f"{folder_of[name]} and {folder} are both runs of {name}.")
         runs[name], folder_of[name] = results, folder
         with reading(folder / RESULTS_NAME):
-            common.append({key: content[key] for key in ("checkpoint", "checkpoint_state", "dtype")})
+            common.append({key: content[key] for key in ("checkpoint", "checkpoint_state", "dtype", "task")})
+            limit, split = content["limit"], content["split"]
+        if limit is not None or split not in (None, DEFAULT_SPLITS.get(name, "test")):
+            raise ValueError(
+                f"{folder} is no run of the whole {name}: it has the limit {limit} and the split {split}."
+            )
     lacking = [name for name in BENCHMARKS if name not in runs]
     if lacking:
         raise ValueError(f"The average is over {', '.join(BENCHMARKS)}: there is no run of {', '.join(lacking)}.")
     if any(facts != common[0] for facts in common):
-        raise ValueError(f"The runs are not of one checkpoint in one precision: {json.dumps(common)}.")
+        raise ValueError(f"The runs are not of one task of one checkpoint in one precision: {json.dumps(common)}.")
     summary = {}
     for name, metric in FIGURES:
         if metric not in runs[name]:

@@ -35,6 +35,8 @@ MMMU_MED = (
     "Public_Health",
 )
 
+DEFAULT_SPLITS = {"mmmu_med": "validation"}  # of all others "test"
+
 
 @dataclass
 class Item:
@@ -82,7 +84,7 @@ def read_benchmark(name: str, path: Path, split: str | None = None) -> Iterator[
     if not path.exists():
         raise ValueError(f"{path} does not exist.")
     try:
-        yield from BENCHMARKS[name](path, split or ("validation" if name == "mmmu_med" else "test"))
+        yield from BENCHMARKS[name](path, split or DEFAULT_SPLITS.get(name, "test"))
     except (KeyError, FileNotFoundError) as error:
         raise ValueError(f"{path} does not have the form of {name}: {error} is missing.") from error
 
@@ -174,7 +176,8 @@ def read_omnimedvqa(path: Path, split: str) -> Iterator[Item]:
                 raise ValueError(f"{row['question_id']} in {file} has an answer that is none of its options.")
             picture = existing(path / row["image_path"], row["question_id"])
             truth, pictures = options.index(row["gt_answer"]), partial(open_all, [picture])
-            yield choice(row["question_id"], row["question"], options, truth, pictures, row["modality_type"])
+            name = f"{file.stem} {row['question_id']}"
+            yield choice(name, row["question"], options, truth, pictures, row["modality_type"])
 
 
 def items_of(samples: Dataset) -> list[Item]:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from ..conversations import conversation, prepare
@@ -20,7 +19,7 @@ IDENTICAL_PSNR = 100.0  # dB; that of equal pictures is infinite and would hide 
 
 def pair_folders(drawn: Path, true: Path) -> list[tuple[Path, Path]]:
     """
-    Pairs the pictures of two folders by their names without endings.
+    Pairs the files of two folders, all but hidden ones, by their names without endings.
 
     Raises:
         ValueError: if a picture has no partner or two, or a folder has none.
@@ -29,17 +28,21 @@ def pair_folders(drawn: Path, true: Path) -> list[tuple[Path, Path]]:
     for folder in (drawn, true):
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder.")
-        paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in Image.registered_extensions()]
+        paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
         if not paths:
             raise ValueError(f"{folder} has no pictures.")
-        found.append({path.stem: path for path in paths})
+        found.append({stem_of(path): path for path in paths})
         if len(found[-1]) < len(paths):
-            name = next(path.stem for path in paths if path not in found[-1].values())
+            name = next(stem_of(path) for path in paths if path not in found[-1].values())
             raise ValueError(f"{folder} cannot be paired by names: two pictures are named {name!r}.")
     alone = found[0].keys() ^ found[1].keys()
     if alone:
         raise ValueError(f"{drawn} and {true} are no paired folders: {sorted(alone)[0]!r} lies in only one of them.")
     return [(found[0][name], found[1][name]) for name in sorted(found[0])]
+
+
+def stem_of(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).stem
 
 
 def compare_pictures(drawn, true) -> dict[str, float]:

@@ -59,8 +59,9 @@ def chosen_option(answer: str, options: list[str]) -> int | None:
     Index of the option that an answer chooses, or `None` if that cannot be told.
 
     A letter counts if it is the whole answer or its first line, or stands at its beginning with a bracket, dot, comma or colon, or
-    as a capital other than A and I, which are words too; after "answer", "option" or "choice"; or else if the text of exactly one option stands in the answer; or at last if a single letter
-    stands in brackets. Small letters count as capital ones, and marks of emphasis are passed over.
+    as a capital other than A and I, which are words too; after "answer", "option" or "choice", but not before the text of another
+    option, where it is the article; or else if the text of exactly one option stands in the answer; or at last if a single
+    letter stands in brackets. Small letters count as capital ones, and marks of emphasis are passed over.
     """
     letters = string.ascii_uppercase[: len(options)]
     plain = answer.replace("*", "").strip()
@@ -73,7 +74,11 @@ def chosen_option(answer: str, options: list[str]) -> int | None:
     ):
         match = re.search(pattern, plain)
         if match:
-            return letters.index(match[1].upper())
+            index = letters.index(match[1].upper())
+            following = words_of(plain[match.end() :]) if match[0].endswith(("A", "I")) else []
+            others = [words_of(option) for option in options if option != options[index]]
+            if not any(other and following[: len(other)] == other for other in others):
+                return index
     words = words_of(plain)
     found = [index for index, option in enumerate(options) if contains(words, words_of(option))]
     longest = [

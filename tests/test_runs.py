@@ -12,7 +12,11 @@ def test_a_run_goes_on_in_its_folder_and_no_other_does(tmp_path):
     begin(tmp_path / "run", settings)
     begin(tmp_path / "run", settings)
     require_same(tmp_path / "run", {"seed": 0, "data": "a.jsonl"})
-    for other in ({**settings, "seed": 1, "rank": 4}, {**settings, "seed": 1, "rank": 4, "dtype": None}):
+    for other in (
+        {**settings, "seed": 1, "rank": 4},
+        {"seed": 1, "rank": 4},
+        {**settings, "seed": 1, "rank": 4, "x": None},
+    ):
         with pytest.raises(
             ValueError, match=r"holds a run with other settings \(its run.json differs in seed, rank\)"
         ):

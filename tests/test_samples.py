@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from healthgpt.samples import read_samples
+from healthgpt.samples import pictures_of, read_samples
 
 
 def test_what_is_read(data, m3, monkeypatch):
@@ -31,6 +31,7 @@ def test_what_is_read(data, m3, monkeypatch):
         "group": "CT",
     }
     assert second["input_image"] == [str(data / "ct.png"), str(data / "mr.png")]
+    assert pictures_of(samples) == {str(data / f"{name}.png") for name in ("ct", "mr", "retina")}
     assert last["target_codes"] == codes and last["response"] is None and last["group"] is None
 
 
@@ -69,9 +70,14 @@ def test_what_is_read(data, m3, monkeypatch):
         (0, {"response": "\ud800"}, "'utf-8' codec can't encode character '.ud800' in position"),
         (2, {"target_image": None, "target_codes": [True] * 64}, "must be a list of 64 whole numbers"),
         (2, {"target_image": None, "target_codes": [1.0] * 64}, "must be a list of 64 whole numbers"),
-        (0, {"group": ""}, "group must be a name, and none of all, closed, open, choice, open recall, got ''"),
-        (0, {"group": "all"}, "group must be a name, and none of all, .*, got 'all'"),
-        (0, {"group": 3}, "group must be a name, and none of all, .*, got 3"),
+        (
+            0,
+            {"group": ""},
+            "group must be a name without .*, and none of all, closed, open, choice, open recall, got ''",
+        ),
+        (0, {"group": " all "}, "group must be a name .* none of all, .*, got ' all '"),
+        (0, {"group": 3}, "group must be a name .*, got 3"),
+        (0, {"group": "CT | head"}, r"group must be a name without \| and line breaks, .*, got 'CT \| head'"),
         (0, {"input_image": {"bytes": "x"}}, "input_image must be a path or a list of paths"),
         (0, {"picture": "ct.png"}, "the fields task, .*, target_codes, group and no others"),
     ],
@@ -97,6 +103,9 @@ def test_files_that_are_no_json_lines(data, m3):
         read_samples(data / "bad.jsonl", m3[1].config, m3[2])
     (data / "bad.jsonl").write_text((data / "both.jsonl").read_text(), encoding="utf-16")
     with pytest.raises(ValueError, match=r"Line 1 of .* is no sample: 'utf-8' codec can't decode"):
+        read_samples(data / "bad.jsonl", m3[1].config, m3[2])
+    (data / "bad.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"Line 1 of .* is no sample: maximum recursion depth exceeded"):
         read_samples(data / "bad.jsonl", m3[1].config, m3[2])
     (data / "bad.jsonl").write_text("")
     with pytest.raises(ValueError, match="has no samples"):

@@ -7,6 +7,7 @@ Training of single parts of a HealthGPT on transformers' `Trainer`.
 Mixed precision, accumulation, gradient checkpointing, several processes and logs are the Trainer's own.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..hub_export.sources import reading
 from .recipes import Recipe
@@ -123,8 +125,24 @@ class HealthGPTTrainer(Trainer):
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_rng_state(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint of a run that was finished: a kill may have left one after it that is not."""
-    found = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    """The newest checkpoint of a run that was finished by all of its processes: a kill may have left one after it that was not."""
+    found = [path for path in output.glob("checkpoint-*") if is_finished(path)]
     return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+def is_finished(checkpoint: Path) -> bool:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{index}.pth" for index in range(processes)]
+    if not all((checkpoint / name).is_file() for name in (TRAINER_STATE_NAME, *states)):
+        return False
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+    except ValueError:  # cut off
+        return False
+    return True

@@ -1,6 +1,7 @@
 """`healthgpt train` as a user runs it: a plugin for a new task, the fusion stage, and what is refused."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -77,6 +78,32 @@ def test_a_run_goes_on_with_its_own_settings_only(data, checkpoints, tmp_path):
     with open(file, "a") as lines:
         lines.write(file.read_text().splitlines()[0] + "\n")
     assert "differs in data_state" in str(run(*command).exception)
+
+
+def test_a_run_goes_on_after_a_whole_pass_with_its_evaluation(data, checkpoints, tmp_path, monkeypatch):
+    file = data / "comprehension.jsonl"
+    command = (file, "-c", checkpoints("m3").folder, "--batch-size", 1, "--max-steps", 6, "--save-steps", 2)
+    command = (*command, "--eval-data", file, "--dropout", 0.5, "--device", "cpu")
+    steps = len(file.read_text().splitlines())
+    assert steps == 2 and run(*command, "-o", tmp_path / "whole").exit_code == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for left in ("checkpoint-4", "checkpoint-6", "comprehension"):
+        shutil.rmtree(tmp_path / "killed" / left)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = run(*command, "-o", tmp_path / "killed", "--resume")
+    assert "differs in processes" in str(refused.exception)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert run(*command, "-o", tmp_path / "killed", "--resume").exit_code == 0
+    losses = []
+    for name in ("whole", "killed"):
+        history = json.loads((tmp_path / name / "checkpoint-6/trainer_state.json").read_text())["log_history"]
+        losses.append([(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry])
+    assert [step for step, _ in losses[0]] == [2, 4, 6] and losses[0] == losses[1]
+    whole, killed = (load_file(tmp_path / name / "comprehension/plugin.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    os.utime(data / "ct.png", (0, 0))
+    refused = run(*command, "-o", tmp_path / "killed", "--resume")
+    assert "(its run.json differs in pictures_state)" in str(refused.exception)
 
 
 def test_the_three_stages_one_after_the_other(data, checkpoints, tmp_path):
@@ -161,6 +188,10 @@ def test_a_progress_bar_is_shown(healthgpt, pairs, checkpoints, tmp_path):
         (("--task", "new", "--kind", "sound"), "kind is 'text' or 'image', got 'sound'"),
         (("--task", "new", "--init-from", "old"), "a task of this checkpoint to --init-from"),
         (("--kind", "image"), "are for a --task that is new"),
+        (
+            ("--task", "new", "--kind", "image", "--init-from", "comprehension"),
+            "A task of the kind image cannot start from 'comprehension', which is of the kind text",
+        ),
         (
             ("--task", "new", "--init-from", "generation"),
             "No line of .*both.jsonl has the task 'new': name it there, or leave the field task out",

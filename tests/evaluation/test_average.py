@@ -12,9 +12,10 @@ from healthgpt.evaluation import BENCHMARKS, Records, average_runs, summarise_an
 from healthgpt.hub_export.presets import PRESETS
 
 
-def finish(folder, benchmark, closed, other, checkpoint="m3"):
+def finish(folder, benchmark, closed, other, **changes):
     """A finished run: lists of which closed and which other questions were answered right."""
-    facts = {"checkpoint": checkpoint, "checkpoint_state": None, "dtype": None}
+    facts = {"checkpoint": "m3", "checkpoint_state": None, "dtype": None, "task": "comprehension"}
+    facts |= {"limit": None, "split": None} | changes
     rest = "choice" if benchmark in ("mmmu_med", "omnimedvqa") else "open"
     records = Records(folder, facts)
     records.add(
@@ -93,8 +94,14 @@ def test_runs_that_cannot_be_averaged(runs, tmp_path):
     with pytest.raises(ValueError, match=r"begun/results.json cannot be used: it lacks the entry 'results'"):
         average_runs([tmp_path / "begun"])
     finish(tmp_path / "other", "vqa_rad", [True], [], checkpoint="l14")
-    with pytest.raises(ValueError, match="The runs are not of one checkpoint in one precision"):
+    with pytest.raises(ValueError, match="The runs are not of one task of one checkpoint in one precision"):
         average_runs([*runs[1:], tmp_path / "other"])
+    finish(tmp_path / "part", "vqa_rad", [True], [], limit=1)
+    with pytest.raises(ValueError, match="part is no run of the whole vqa_rad: it has the limit 1 and the split None"):
+        average_runs([*runs[1:], tmp_path / "part"])
+    finish(tmp_path / "train", "vqa_rad", [True], [], split="train")
+    with pytest.raises(ValueError, match=r"train is no run of the whole vqa_rad: .* the split train"):
+        average_runs([*runs[1:], tmp_path / "train"])
     finish(tmp_path / "open", "vqa_rad", [], [True])
     with pytest.raises(ValueError, match="open has no closed questions of vqa_rad"):
         average_runs([*runs[1:], tmp_path / "open"])

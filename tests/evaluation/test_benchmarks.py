@@ -88,7 +88,12 @@ def test_omnimedvqa(tmp_path):
     (tmp_path / "Images").mkdir()
     shutil.copy(PICTURE, tmp_path / "Images/a.png")
     [item] = read_benchmark("omnimedvqa", tmp_path)
-    assert item.options == ["MRI", "CT"] and item.group == "CT(Computed Tomography)" and item.kind == "choice"
+    assert (
+        item.name == "set q1"
+        and item.options == ["MRI", "CT"]
+        and item.group == "CT(Computed Tomography)"
+        and item.kind == "choice"
+    )
     assert item.pictures()[0].size == PIL.Image.open(PICTURE).size
     (tmp_path / "QA_information/Open-access/set.json").write_text(json.dumps([row | {"gt_answer": "PET"}]))
     with pytest.raises(ValueError, match=r"q1 in .*set.json has an answer that is none of its options"):

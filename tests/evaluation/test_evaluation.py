@@ -39,6 +39,8 @@ def test_batches_give_the_golden_answers_and_a_killed_run_goes_on(m3, tmp_path, 
         names = case["image"] or []
         pictures = [GOLDEN / f"images/{name}.png" for name in ([names] if isinstance(names, str) else names)]
         items.append(Item(case["name"], case["question"], "yes", "closed", partial(list, pictures)))
+    with pytest.raises(ValueError, match=f"Several questions have the name '{items[0].name}'"):
+        answer_items(model, processor, [*items, items[0]], Records(tmp_path / "twice", {}))
     settings = {"checkpoint": "m3"}
     length = cases[0]["max_new_tokens"]
     records = Records(tmp_path / "run", settings)
@@ -168,6 +170,12 @@ def test_the_command_line(data, checkpoints, tmp_path):
     compared = run("pictures", tmp_path / "d/drawn", tmp_path / "d/drawn", "-o", tmp_path / "p")
     assert compared.exit_code == 0 and "| SSIM | 100.00 |" in compared.output
     assert len(list((tmp_path / "a").iterdir())) == 4
+    os.utime(data / "mr.png", (0, 0))
+    for command, kind, output in (("answers", "comprehension", "a"), ("draw", "generation", "d")):
+        words = [command, *(["samples"] if command == "answers" else []), data / f"{kind}.jsonl", "-c", folder]
+        options = ["--max-new-tokens", 4] if command == "answers" else ["--name", "reconstruction"]
+        stale = run(*words, "-o", tmp_path / output, *options)
+        assert "(its run.json differs in pictures_state)" in str(stale.exception)
     os.utime(folder / "config.json")
     stale = run("answers", "samples", data / "comprehension.jsonl", "-c", folder, "-o", tmp_path / "a")
     assert "holds a run with other settings" in str(stale.exception)
@@ -202,6 +210,13 @@ def test_folders_that_are_no_pairs(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "b/2.bmp")
     with pytest.raises(ValueError, match="two pictures are named '2'"):
         pair_folders(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/2.bmp").unlink()
+    (tmp_path / "a/.hidden").touch()
+    (tmp_path / "a/3.dcm").touch()
+    with pytest.raises(ValueError, match="'3' lies in only one of them"):
+        pair_folders(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/3.nii.gz").touch()
+    assert pair_folders(tmp_path / "a", tmp_path / "b")[-1] == (tmp_path / "a/3.dcm", tmp_path / "b/3.nii.gz")
     with pytest.raises(ValueError, match="is no folder"):
         pair_folders(tmp_path / "a/1.png", tmp_path / "b")
 

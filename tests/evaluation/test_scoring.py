@@ -81,6 +81,10 @@ def test_recall(answer, truth, share):
         ("Answer:\nB", 1),
         ("The answer is: [b].", 1),
         ("[B]", 1),
+        ("Answer: A CT", 0),
+        ("Answer: A CT angiography", 2),  # an article, not a letter
+        ("Answer: A because of the contrast.", 0),
+        ("Answer: C CT angiography", 2),
     ],
 )
 def test_chosen_options(answer, index):

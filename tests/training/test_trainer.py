@@ -67,7 +67,14 @@ def test_a_stage_changes_its_parts_with_their_rates_and_nothing_else(data, load,
 
 
 @pytest.mark.parametrize(
-    "stage, name", [("alignment", "comprehension"), ("fusion", "both"), ("instruction", "generation")]
+    "stage, name",
+    [
+        ("alignment", "comprehension"),
+        ("alignment", "generation"),
+        ("fusion", "both"),
+        ("instruction", "comprehension"),
+        ("instruction", "generation"),
+    ],
 )
 def test_the_loss_falls_on_a_fixed_batch(data, load, tmp_path, stage, name):
     model, processor = load()
@@ -132,16 +139,24 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(data, checkpoints, tmp_path)
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
-def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(tmp_path):
-    for number in (2, 10, 12):
+def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(tmp_path, monkeypatch):
+    for number in (2, 10, 12, 14, 16):
         (tmp_path / f"checkpoint-{number}").mkdir()
     assert last_checkpoint(tmp_path) is None
-    for number in (2, 10):
-        (tmp_path / f"checkpoint-{number}/trainer_state.json").touch()
+    for number in (2, 10, 14):
+        (tmp_path / f"checkpoint-{number}/trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-16/trainer_state.json").write_text("{")
+    for number in (2, 10, 16):
+        (tmp_path / f"checkpoint-{number}/rng_state.pth").touch()
     assert last_checkpoint(tmp_path).endswith("checkpoint-10")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert last_checkpoint(tmp_path) is None
+    for number, process in ((10, 0), (2, 0), (2, 1)):
+        (tmp_path / f"checkpoint-{number}/rng_state_{process}.pth").touch()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-2")
 
 
-@pytest.mark.parametrize("name", [TRAINED_NAME, "optimizer.pt"])
+@pytest.mark.parametrize("name", [TRAINED_NAME, "optimizer.pt", "rng_state.pth"])
 def test_a_damaged_checkpoint_is_named(data, load, tmp_path, name):
     model, processor = load("m3")
     trainer = trainer_of(data, model, processor, "instruction", "comprehension", tmp_path, save_steps=1)

@@ -31,11 +31,19 @@ def require_same(folder: Path, settings: dict) -> None:
         ValueError: if the run in the folder has other values of these settings, or what is known of it is damaged.
     """
     begun = read_json(folder / RUN_NAME)
-    other = [name for name, value in settings.items() if begun.get(name) != value]
+    other = [describe(name, begun.get(name), value) for name, value in settings.items() if begun.get(name) != value]
     if other:
         raise ValueError(
-            f"{folder} holds a run with other settings (its {RUN_NAME} differs in {', '.join(other)}): choose another folder."
+            f"{folder} holds a run with other settings: {'; '.join(other)}. Go on with those in its {RUN_NAME}, or choose "
+            "another folder."
         )
+
+
+def describe(name: str, before, now) -> str:
+    """That a setting is another one; of a state, which is a hash, only that it is."""
+    if name.endswith("_state"):
+        return f"{name.removesuffix('_state')} has changed"
+    return f"{name} was {json.dumps(before)} and is {json.dumps(now)}"
 
 
 def begin(folder: Path, settings: dict) -> None:
@@ -47,8 +55,10 @@ def begin(folder: Path, settings: dict) -> None:
         settings (`dict`): What makes this run differ from others; JSON.
 
     Raises:
-        ValueError: as [`require_same`].
+        ValueError: as [`require_same`], or if the folder is a file.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: name a folder for the run.")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / RUN_NAME).exists():
         require_same(folder, settings)

@@ -67,7 +67,7 @@ def read_samples(
                 for picture in {*row["input_image"], row["target_image"]} - {None, *seen}:
                     load_picture(open_picture(picture), config.vision_config.image_size)
                     seen.add(picture)
-            except (ValueError, RecursionError) as error:  # of brackets without end
+            except ValueError as error:
                 raise ValueError(f"Line {number} of {path} is no sample: {error}") from error
             rows.append(row)
             if len(rows) == PART:
@@ -91,16 +91,26 @@ def parse(line: bytes):
     """The content of a line of UTF-8; half of a surrogate pair is no text."""
     if not line.strip():
         raise ValueError("it is empty.")
-    content = json.loads(line.decode("utf-8-sig"))
-    json.dumps(content, ensure_ascii=False).encode()
+    try:
+        content = json.loads(line.decode("utf-8-sig"))
+        json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # of brackets without end
+        raise ValueError(f"it must be one JSON object, in UTF-8 and on a line of its own ({error}).") from error
     return content
 
 
 def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
-    if not isinstance(row, dict) or set(row) - set(FIELDS):
-        raise ValueError(f"it must be an object with the fields {', '.join(FIELDS)} and no others.")
+    if not isinstance(row, dict):
+        raise ValueError(f"it must be a JSON object, but is {type(row).__name__}.")
+    unknown = [field for field in row if field not in FIELDS]
+    if unknown:
+        raise ValueError(f"it has the field {unknown[0]!r}; samples have fields of {', '.join(FIELDS)} alone.")
     row = {field: value for field, value in row.items() if value is not None}
     task = row.get("task", default_task)
+    if task is None:
+        raise ValueError(
+            f"it names no task, and none is named for such lines; the tasks are {', '.join(config.tasks)}."
+        )
     if not isinstance(task, str) or task not in config.tasks:
         raise ValueError(f"its task is {task!r}, but the tasks are {', '.join(config.tasks)}.")
     targets = ["response"] if config.tasks[task].kind == "text" else ["target_image", "target_codes"]
@@ -121,7 +131,7 @@ def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
             raise ValueError(f"target_codes must be a list of {count} whole numbers from 0 to {number - 1}.")
     pictures = row.get("input_image", [])
     pictures = [pictures] if isinstance(pictures, str) else pictures
-    if not (isinstance(pictures, list) and all(isinstance(picture, str) for picture in pictures)):
+    if not (isinstance(pictures, list) and all(isinstance(picture, str) and picture for picture in pictures)):
         raise ValueError("input_image must be a path or a list of paths.")
     group = row.get("group")
     named = isinstance(group, str) and group.strip() and not set(group) & set("|\r\n")

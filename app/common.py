@@ -98,13 +98,23 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
     return model.to(device), processor
 
 
-def read(path: Path, model, processor, task: str | None):
-    """The samples of a file, of a task if they name none."""
+def require_file(path: Path) -> None:
+    """Refuses a file of samples that is none, before anything takes long."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+
+
+def read(path: Path, model, processor, task: str | None, otherwise: str | None = None):
+    """The samples of a file; those that name no task are of the named one, which must be there, or of another if none is named."""
     from ..samples import read_samples
 
     with bars(DownloadColumn()) as progress:
         bar = progress.add_task(f"Reading {path.name}", total=path.stat().st_size)
-        return read_samples(path, model.config, processor, task, functools.partial(progress.advance, bar))
+        advance = functools.partial(progress.advance, bar)
+        samples = read_samples(path, model.config, processor, task or otherwise, advance)
+    if task is not None and task not in samples["task"]:
+        raise ValueError(f"No line of {path} has the task {task!r}: name it there, or leave the field task out.")
+    return samples
 
 
 def require_checkpoint(checkpoint: str) -> dict:

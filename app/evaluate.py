@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from .common import (
-    AnswerTask,
     AsJson,
     Device,
     Dtype,
@@ -17,6 +16,7 @@ from .common import (
     load,
     print_result,
     read,
+    require_file,
     require_kind,
     working,
 )
@@ -30,6 +30,7 @@ evaluation = typer.Typer(
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of records and tables; a killed run goes on there.")
 ]
+TableOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder of the tables.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples done at once.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first so many.")]
 Name = Annotated[
@@ -51,7 +52,10 @@ def answers(
     split: Annotated[
         str | None, typer.Option(help="Of a benchmark; by default test, and validation for mmmu_med.")
     ] = None,
-    task: AnswerTask = "comprehension",
+    task: Annotated[
+        str | None,
+        typer.Option(help="Task that answers; comprehension unless given, and of samples the one that they name."),
+    ] = None,
     batch_size: Batch = 8,
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = 64,
@@ -75,13 +79,15 @@ def answers(
             items = list(itertools.islice(read_benchmark(benchmark, data, split), limit))
     elif split is not None:
         raise ValueError("--split is for benchmarks that have splits; samples are one file.")
+    else:
+        require_file(data)
     settings = {"checkpoint": checkpoint, "benchmark": benchmark, "data": str(data), "split": split, "task": task}
     settings |= {"limit": limit, "max_new_tokens": max_new_tokens, "dtype": dtype}
     settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
     model, processor = load(checkpoint, device, dtype)
-    require_kind(model, task, "text")
+    require_kind(model, task or "comprehension", "text")
     if benchmark == "samples":
-        samples = read(data, model, processor, task)
+        samples = read(data, model, processor, task, "comprehension")
         settings["pictures_state"] = state_of_files(pictures_of(samples))
         items = items_of(samples)[:limit]
     if not items:
@@ -90,7 +96,14 @@ def answers(
     with bars() as progress:
         bar = progress.add_task("Answering", total=len(items))
         scored = answer_items(
-            model, processor, items, records, task, batch_size, max_new_tokens, lambda n: progress.advance(bar, n)
+            model,
+            processor,
+            items,
+            records,
+            task or "comprehension",
+            batch_size,
+            max_new_tokens,
+            lambda n: progress.advance(bar, n),
         )
     summary = summarise_answers(scored)
     print_result(as_json, write_report(output, benchmark, summary, settings), summary)
@@ -99,7 +112,7 @@ def answers(
 @evaluation.command("average")
 def average(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished `eval answers`, one of each benchmark.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the tables.")],
+    output: TableOutput,
     as_json: AsJson = False,
 ) -> None:
     """
@@ -122,7 +135,9 @@ def draw(
     checkpoint: RequiredCheckpoint,
     output: Output,
     name: Name = "pictures",
-    task: Annotated[str, typer.Option(help="Task of the samples that name none.")] = "generation",
+    task: Annotated[
+        str | None, typer.Option(help="Task of the samples that name none; generation unless given.")
+    ] = None,
     batch_size: Batch = 8,
     limit: Limit = None,
     lpips: Lpips = False,
@@ -143,10 +158,13 @@ def draw(
         from ..samples import pictures_of
 
         measure = load_lpips() if lpips else None
+    require_file(data)
     settings = {"checkpoint": checkpoint, "data": str(data), "task": task, "limit": limit, "dtype": dtype}
     settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
     model, processor = load(checkpoint, device, dtype)
-    samples = read(data, model, processor, task)
+    if task is not None:
+        require_kind(model, task, "image")
+    samples = read(data, model, processor, task, "generation")
     settings["pictures_state"] = state_of_files(pictures_of(samples))
     samples = [sample for sample in samples if sample["target_image"] is not None][:limit]
     if not samples:
@@ -165,7 +183,7 @@ def draw(
 def pictures(
     drawn: Annotated[Path, typer.Argument(help="Folder of drawn pictures.")],
     true: Annotated[Path, typer.Argument(help="Folder of true pictures with the same names.")],
-    output: Output,
+    output: TableOutput,
     name: Name = "pictures",
     lpips: Lpips = False,
     as_json: AsJson = False,
@@ -177,10 +195,12 @@ def pictures(
     """
     with working("Starting"):
         from ..evaluation import load_lpips, pair_folders
+        from ..runs import state_of
 
         measure = load_lpips() if lpips else None
-    settings = {"drawn": str(drawn), "true": str(true)}
-    report_pairs(pair_folders(drawn, true), output, name, settings, measure, as_json, resize=False)
+    pairs = pair_folders(drawn, true)
+    settings = {"drawn": str(drawn), "drawn_state": state_of(drawn), "true": str(true), "true_state": state_of(true)}
+    report_pairs(pairs, output, name, settings, measure, as_json, resize=False)
 
 
 def report_pairs(pairs, output: Path, name: str, settings: dict, lpips, as_json: bool, resize: bool) -> None:
@@ -202,7 +222,8 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips, as_json:
                 true = true.resize(drawn.size, Image.Resampling.LANCZOS)
             elif true.size != drawn.size:
                 left, right = paths
-                raise ValueError(f"{left} has {drawn.size} pixels and {right} {true.size}: they cannot be compared.")
+                sizes = (f"{picture.width} x {picture.height} pixels" for picture in (drawn, true))
+                raise ValueError(f"{left} has {next(sizes)} and {right} {next(sizes)}: they cannot be compared.")
             score = compare_pictures(drawn, true)
             scores.append(score if lpips is None else score | {"LPIPS": lpips(drawn, true)})
     begin(output, settings)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, read, working
+from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, read, require_file, working
 
 # What may change when a run goes on: it may be longer, save or log at other steps, and run on other hardware.
 MAY_CHANGE = {"output", "epochs", "max_steps", "save_steps", "save_total_limit", "logging_steps", "workers"}
@@ -89,6 +89,8 @@ def train(
             training_arguments,
         )
 
+    for path in filter(None, (data, eval_data)):
+        require_file(path)
     if not 0 < epochs < math.inf:
         raise ValueError(f"--epochs is a number above 0, not {epochs}.")
     if stage not in STAGES:
@@ -126,8 +128,6 @@ def train(
     if resume:
         require_same(output, settings)  # with the pictures, before anything takes long
     trained = sorted(set(samples["task"]))
-    if task is not None and task not in trained:
-        raise ValueError(f"No line of {data} has the task {task!r}: name it there, or leave the field task out.")
     if stage != "fusion" and len({kinds[name] for name in trained}) > 1:
         raise ValueError(
             f"{data} has tasks of both kinds, {', '.join(trained)}; this stage trains one kind at a time."
@@ -188,7 +188,6 @@ def train(
         model.use_token_tables(tables, [name])
     folders = [output / name for name in trained if name not in answering]
     for folder in folders:
-        folder.mkdir(exist_ok=True)
         save_plugin(model, folder.name, folder, with_tables=stage == "fusion")
     print_result(as_json, "\n".join(map(str, folders)), {"plugins": list(map(str, folders))})
 
@@ -209,7 +208,9 @@ def changed(recipe, batch_size: int | None, learning_rate: float | None, dropout
 def new_settings(tasks, name: str, init_from: str | None, chosen: dict) -> dict:
     """Settings of a new task: those of the one it starts from, or as the checkpoint's own or HealthGPT-M3's of its kind, and what was chosen."""
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    if init_from in tasks:
+    if init_from is not None and init_from not in tasks:
+        raise ValueError(f"There is no task {init_from!r} to start from; there are {', '.join(tasks)}.")
+    if init_from is not None:
         settings = asdict(tasks[init_from])
         if chosen.get("kind", settings["kind"]) != settings["kind"]:
             raise ValueError(

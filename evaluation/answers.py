@@ -8,6 +8,7 @@ import torch
 from scipy.stats import binomtest
 
 from ..conversations import answer_batch
+from ..processing_healthgpt import load_picture
 from .benchmarks import Item
 from .records import Records
 from .scoring import chosen_option, is_right, recall
@@ -50,11 +51,18 @@ def answer_items(
     left = [item for item in items if item.name not in records.done]
     for start in range(0, len(left), batch_size):
         batch = left[start : start + batch_size]
-        questions = [(item.pictures(), item.question) for item in batch]
+        questions = [(open_pictures(item, processor), item.question) for item in batch]
         answers = answer_batch(model, processor, questions, [item.task or task for item in batch], max_new_tokens)
         records.add([score(item, answer) for item, answer in zip(batch, answers, strict=True)])
         progress(len(batch))
     return [records.done[item.name] for item in items]
+
+
+def open_pictures(item: Item, processor) -> list:
+    try:
+        return [load_picture(picture, processor.image_size) for picture in item.pictures()]
+    except ValueError as error:
+        raise ValueError(f"Question {item.name}: {error}") from error
 
 
 def score(item: Item, answer: str) -> dict:

@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Image, load_dataset
 
+from ..hub_export.sources import reading
 from ..medical import open_picture
 from .scoring import is_closed
 
@@ -35,6 +36,7 @@ MMMU_MED = (
     "Public_Health",
 )
 
+KINDS = ("closed", "open", "choice")
 DEFAULT_SPLITS = {"mmmu_med": "validation"}  # of all others "test"
 
 
@@ -63,6 +65,13 @@ class Item:
     group: str = ""
     task: str = ""
 
+    def __post_init__(self):
+        if self.kind not in KINDS or not all(isinstance(text, str) for text in (self.question, self.truth)):
+            raise ValueError(
+                f"Question {self.name} needs a text as its question and as its answer, and the kind {' or '.join(KINDS)}, got "
+                f"{self.question!r}, {self.truth!r} and {self.kind!r}."
+            )
+
 
 def read_benchmark(name: str, path: Path, split: str | None = None) -> Iterator[Item]:
     """
@@ -85,7 +94,9 @@ def read_benchmark(name: str, path: Path, split: str | None = None) -> Iterator[
         raise ValueError(f"{path} does not exist.")
     try:
         yield from BENCHMARKS[name](path, split or DEFAULT_SPLITS.get(name, "test"))
-    except (KeyError, FileNotFoundError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path} does not have the form of {name}: a question lacks the entry {error}.") from error
+    except FileNotFoundError as error:
         raise ValueError(f"{path} does not have the form of {name}: {error} is missing.") from error
 
 
@@ -97,7 +108,12 @@ def parquet(folder: Path, split: str) -> Dataset:
     files = sorted(map(str, folder.rglob(f"{split}-*.parquet")))
     if not files:
         raise FileNotFoundError(f"{folder.name}/{split}-*.parquet")
-    return load_dataset("parquet", data_files=files, split="train")
+    with reading(folder):
+        rows = load_dataset("parquet", data_files=files, split="train")
+    for column, feature in rows.features.items():
+        if re.fullmatch(r"image(_\d)?", column) and not isinstance(feature, Image):
+            raise ValueError(f"The column {column} of {folder} holds no pictures.")
+    return rows
 
 
 def read_parquet(path: Path, split: str) -> Iterator[Item]:
@@ -126,6 +142,8 @@ def existing(path: Path, name: str) -> Path:
 
 def objects(file: Path) -> list[dict]:
     """The content of a JSON file."""
+    if not file.is_file():
+        raise FileNotFoundError(file.name)
     try:
         rows = json.loads(file.read_bytes())
     except ValueError as error:

@@ -57,7 +57,8 @@ def compare_pictures(drawn, true) -> dict[str, float]:
     """
     if drawn.size != true.size:
         raise ValueError(
-            f"The drawn picture has {drawn.size} pixels and the true one {true.size}: they cannot be compared."
+            f"The drawn picture has {drawn.width} x {drawn.height} pixels and the true one {true.width} x {true.height}: they "
+            "cannot be compared."
         )
     if min(drawn.size) < WINDOW:
         raise ValueError(

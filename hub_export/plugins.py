@@ -136,7 +136,7 @@ def add_plugin(
         sources = [plugin / WEIGHTS_NAME]
     if name in config.tasks and not replace:
         raise CheckpointError(
-            f"{checkpoint} has a task {name!r} already: give the plugin another name, or set replace to take its place."
+            f"{checkpoint} has a task {name!r} already: give the plugin another name (--name), or let it take its place (--replace)."
         )
     replaced = {key for key in weight_map if task_of(key, config) == name}
     if any(weight_map[key] != plugin_file(name) for key in replaced):
@@ -211,7 +211,9 @@ def read_published(
 ) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
     """Name, settings and tensors of a published plugin; see [`add_plugin`]."""
     if name is None or kind not in KINDS.values():
-        raise CheckpointError(f"{file} does not say what it is: set name, that of its task, and kind, text or image.")
+        raise CheckpointError(
+            f"{file} does not say what it is: give the name of its task (--name) and its kind (--kind), text or image."
+        )
     tensors = read_file(file)
     task = task_config(name, kind, tensors, alpha)
     transfers, _ = transfers_of(tensors, rules.plugin(name), file)

@@ -17,10 +17,11 @@ def test_a_run_goes_on_in_its_folder_and_no_other_does(tmp_path):
         {"seed": 1, "rank": 4},
         {**settings, "seed": 1, "rank": 4, "x": None},
     ):
-        with pytest.raises(
-            ValueError, match=r"holds a run with other settings \(its run.json differs in seed, rank\)"
-        ):
+        with pytest.raises(ValueError, match=r"settings: seed was 0 and is 1; rank was null and is 4\. Go on"):
             begin(tmp_path / "run", other)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file: name a folder"):
+        begin(tmp_path / "file", settings)
     (tmp_path / "run/run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run.json is no JSON"):
         begin(tmp_path / "run", settings)

@@ -79,7 +79,13 @@ def test_what_is_read(data, m3, monkeypatch):
         (0, {"group": 3}, "group must be a name .*, got 3"),
         (0, {"group": "CT | head"}, r"group must be a name without \| and line breaks, .*, got 'CT \| head'"),
         (0, {"input_image": {"bytes": "x"}}, "input_image must be a path or a list of paths"),
-        (0, {"picture": "ct.png"}, "the fields task, .*, target_codes, group and no others"),
+        (0, {"picture": "ct.png"}, "it has the field 'picture'; samples have fields of task, .*, group alone"),
+        (0, {"input_image": ""}, "input_image must be a path or a list of paths"),
+        (
+            0,
+            {"task": None},
+            "it names no task, and none is named for such lines; the tasks are comprehension, generation",
+        ),
     ],
 )
 def test_a_line_that_is_no_sample_is_named(data, m3, number, change, message):
@@ -93,19 +99,27 @@ def test_a_line_that_is_no_sample_is_named(data, m3, number, change, message):
 
 def test_files_that_are_no_json_lines(data, m3):
     (data / "bad.jsonl").write_text("{]\n")
-    with pytest.raises(ValueError, match=r"Line 1 of .* is no sample: Expecting property name"):
+    with pytest.raises(
+        ValueError,
+        match=r"Line 1 of .* is no sample: it must be one JSON object, in UTF-8 and on a line of its own \(Expecting",
+    ):
         read_samples(data / "bad.jsonl", m3[1].config, m3[2])
     (data / "bad.jsonl").write_bytes((data / "both.jsonl").read_bytes().splitlines()[0] + b"\n\xff\n")
-    with pytest.raises(ValueError, match=r"Line 2 of .* is no sample: 'utf-8' codec can't decode"):
+    with pytest.raises(ValueError, match=r"Line 2 of .* is no sample: it must be .* \('utf-8' codec can't decode"):
         read_samples(data / "bad.jsonl", m3[1].config, m3[2])
     (data / "bad.jsonl").write_text((data / "both.jsonl").read_text().splitlines()[0] + "\n\n")
     with pytest.raises(ValueError, match=r"Line 2 of .* is no sample: it is empty"):
         read_samples(data / "bad.jsonl", m3[1].config, m3[2])
     (data / "bad.jsonl").write_text((data / "both.jsonl").read_text(), encoding="utf-16")
-    with pytest.raises(ValueError, match=r"Line 1 of .* is no sample: 'utf-8' codec can't decode"):
+    with pytest.raises(ValueError, match=r"Line 1 of .* is no sample: it must be .* \('utf-8' codec can't decode"):
+        read_samples(data / "bad.jsonl", m3[1].config, m3[2])
+    (data / "bad.jsonl").write_text("[]")
+    with pytest.raises(ValueError, match=r"Line 1 of .* is no sample: it must be a JSON object, but is list"):
         read_samples(data / "bad.jsonl", m3[1].config, m3[2])
     (data / "bad.jsonl").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"Line 1 of .* is no sample: maximum recursion depth exceeded"):
+    with pytest.raises(
+        ValueError, match=r"Line 1 of .* is no sample: it must be .* \(maximum recursion depth exceeded"
+    ):
         read_samples(data / "bad.jsonl", m3[1].config, m3[2])
     (data / "bad.jsonl").write_text("")
     with pytest.raises(ValueError, match="has no samples"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..hub_export.plan import is_finite
 from ..hub_export.plugins import write_plugin
 from ..hub_export.write import task_of
 
@@ -70,9 +71,12 @@ def save_plugin(model, task: str, folder: Path, with_tables: bool = False) -> No
     Args:
         model (`HealthGPTForConditionalGeneration`): The model.
         task (`str`): The task.
-        folder (`Path`): Folder to write into.
+        folder (`Path`): Folder to write into; made if it does not exist.
         with_tables (`bool`, defaults to `False`): Whether to save token tables too that it shares with other tasks; they
             are its own then.
+
+    Raises:
+        ValueError: if its weights are no finite numbers any more.
     """
     dtype, settings = model.lm_head.weight.dtype, asdict(model.config.tasks[task])
     owned = {name: value for name, value in model.state_dict().items() if task_of(name, model.config) == task}
@@ -82,4 +86,7 @@ def save_plugin(model, task: str, folder: Path, with_tables: bool = False) -> No
         owned[f"token_heads.{task}.weight"] = model.token_heads[tables].weight
         settings["token_tables"] = task
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in owned.items()}
+    if not all(is_finite(tensor) for tensor in tensors.values()):
+        raise ValueError(f"The training of {task!r} diverged, and nothing was saved: lower the learning rate.")
+    folder.mkdir(parents=True, exist_ok=True)
     write_plugin(folder, task, settings, tensors)

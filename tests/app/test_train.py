@@ -50,7 +50,7 @@ def test_a_plugin_for_a_new_task_that_the_checkpoint_then_takes(pairs, checkpoin
     again = run(pairs, *options)
     assert "is not an empty folder; --resume goes on with the run in it" in str(again.exception)
     more = run(pairs, *options, "--eval-data", pairs, "--epochs", 1, "--learning-rate", 1e-2, "--resume")
-    assert "(its run.json differs in checkpoint_state)" in str(more.exception)  # which has the task by now
+    assert "settings: checkpoint has changed. Go on" in str(more.exception)  # which has the task by now
 
 
 def test_a_run_goes_on_with_its_own_settings_only(data, checkpoints, tmp_path):
@@ -65,19 +65,20 @@ def test_a_run_goes_on_with_its_own_settings_only(data, checkpoints, tmp_path):
     assert run(*command[:-1], "--save-steps", 1, "--save-total-limit", 1).exit_code == 0
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
     for changed, differs in (
-        (("--learning-rate", 1e-3), "learning_rate"),
-        (("--seed", 7), "seed"),
-        (("--batch-size", 1), "batch_size"),
-        (("--eval-data", file), "eval_data, eval_data_state"),
-        (("--stage", "alignment"), "stage"),
+        (("--learning-rate", 1e-3), "learning_rate was null and is 0.001"),
+        (("--seed", 7), "seed was 0 and is 7"),
+        (("--batch-size", 1), "batch_size was 2 and is 1"),
+        (("--eval-data", file), f'eval_data was null and is "{file}"; eval_data has changed'),
+        (("--stage", "alignment"), 'stage was "instruction" and is "alignment"'),
     ):
         refused = run(*command, *changed)
-        assert f"(its run.json differs in {differs}): choose another folder" in str(refused.exception)
+        expected = f"{output} holds a run with other settings: {differs}. Go on with those in its run.json, or choose another folder."
+        assert str(refused.exception) == expected
     assert run(*command, "--max-steps", 3, "--logging-steps", 1).exit_code == 0
     assert (output / "checkpoint-3").exists() and (output / "checkpoint-2").exists()
     with open(file, "a") as lines:
         lines.write(file.read_text().splitlines()[0] + "\n")
-    assert "differs in data_state" in str(run(*command).exception)
+    assert "settings: data has changed. Go on" in str(run(*command).exception)
 
 
 def test_a_run_goes_on_after_a_whole_pass_with_its_evaluation(data, checkpoints, tmp_path, monkeypatch):
@@ -91,7 +92,7 @@ def test_a_run_goes_on_after_a_whole_pass_with_its_evaluation(data, checkpoints,
         shutil.rmtree(tmp_path / "killed" / left)
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused = run(*command, "-o", tmp_path / "killed", "--resume")
-    assert "differs in processes" in str(refused.exception)
+    assert "settings: processes was 1 and is 2. Go on" in str(refused.exception)
     monkeypatch.delenv("WORLD_SIZE")
     assert run(*command, "-o", tmp_path / "killed", "--resume").exit_code == 0
     losses = []
@@ -103,7 +104,7 @@ def test_a_run_goes_on_after_a_whole_pass_with_its_evaluation(data, checkpoints,
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
     os.utime(data / "ct.png", (0, 0))
     refused = run(*command, "-o", tmp_path / "killed", "--resume")
-    assert "(its run.json differs in pictures_state)" in str(refused.exception)
+    assert "settings: pictures has changed. Go on" in str(refused.exception)
 
 
 def test_the_three_stages_one_after_the_other(data, checkpoints, tmp_path):
@@ -186,7 +187,8 @@ def test_a_progress_bar_is_shown(healthgpt, pairs, checkpoints, tmp_path):
         (("--stage", "polish"), "no stage 'polish'; choose one of alignment, fusion, instruction"),
         (("--task", "new"), "Task 'new' is new: say its --kind"),
         (("--task", "new", "--kind", "sound"), "kind is 'text' or 'image', got 'sound'"),
-        (("--task", "new", "--init-from", "old"), "a task of this checkpoint to --init-from"),
+        (("--task", "new", "--init-from", "old"), "no task 'old' to start from; there are comprehension, generation"),
+        (("--eval-data", "nothing.jsonl"), "There is no file nothing.jsonl"),
         (("--kind", "image"), "are for a --task that is new"),
         (
             ("--task", "new", "--kind", "image", "--init-from", "comprehension"),

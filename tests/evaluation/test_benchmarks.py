@@ -35,6 +35,12 @@ def test_parquet_of_questions(tmp_path, name):
     ]
     assert all(item.pictures()[0].size == PIL.Image.open(PICTURE).size for item in items)
     assert len(list(read_benchmark(name, tmp_path, "train"))) == 1
+    write_parquet(rows, tmp_path / "data/test-00000-of-00001-abc.parquet", [])
+    with pytest.raises(ValueError, match=r"The column image of .* holds no pictures"):
+        list(read_benchmark(name, tmp_path))
+    (tmp_path / "data/test-00000-of-00001-abc.parquet").write_bytes(b"Parquet")
+    with pytest.raises(ValueError, match=rf"{tmp_path.name} cannot be used: "):
+        list(read_benchmark(name, tmp_path))
 
 
 def test_slake(tmp_path):
@@ -46,6 +52,23 @@ def test_slake(tmp_path):
     [item] = read_benchmark("slake", tmp_path)
     assert (item.name, item.kind, item.truth) == ("1", "open", "Liver")
     assert item.pictures()[0].size == PIL.Image.open(PICTURE).size
+    for change, message in (
+        (
+            {"question": None},
+            "Question 1 needs a text as its question and as its answer, .* got None, 'Liver' and 'open'",
+        ),
+        ({"answer": 5}, "Question 1 needs a text .*, 5 and 'open'"),
+        ({"answer_type": "WHAT"}, "Question 1 needs .* the kind closed or open or choice, .* and 'what'"),
+    ):
+        (tmp_path / "test.json").write_text(json.dumps([rows[0] | change]))
+        with pytest.raises(ValueError, match=message):
+            list(read_benchmark("slake", tmp_path))
+    (tmp_path / "test.json").write_text(json.dumps([{"q_lang": "en"}]))
+    with pytest.raises(ValueError, match=r"does not have the form of slake: a question lacks the entry 'img_name'"):
+        list(read_benchmark("slake", tmp_path))
+    with pytest.raises(ValueError, match=r"does not have the form of slake: train.json is missing"):
+        list(read_benchmark("slake", tmp_path, "train"))
+    (tmp_path / "test.json").write_text(json.dumps(rows))
     (tmp_path / "imgs/xmlab1/source.jpg").unlink()
     with pytest.raises(ValueError, match=r"source.jpg, the picture of question 1, does not exist"):
         list(read_benchmark("slake", tmp_path))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 from functools import partial
 
@@ -39,6 +40,9 @@ def test_batches_give_the_golden_answers_and_a_killed_run_goes_on(m3, tmp_path, 
         names = case["image"] or []
         pictures = [GOLDEN / f"images/{name}.png" for name in ([names] if isinstance(names, str) else names)]
         items.append(Item(case["name"], case["question"], "yes", "closed", partial(list, pictures)))
+    broken = Item("broken", "What?", "yes", "closed", lambda: [{"bytes": b""}])
+    with pytest.raises(ValueError, match="Question broken: An object of type dict is not a picture"):
+        answer_items(model, processor, [broken], Records(tmp_path / "broken", {}))
     with pytest.raises(ValueError, match=f"Several questions have the name '{items[0].name}'"):
         answer_items(model, processor, [*items, items[0]], Records(tmp_path / "twice", {}))
     settings = {"checkpoint": "m3"}
@@ -175,7 +179,7 @@ def test_the_command_line(data, checkpoints, tmp_path):
         words = [command, *(["samples"] if command == "answers" else []), data / f"{kind}.jsonl", "-c", folder]
         options = ["--max-new-tokens", 4] if command == "answers" else ["--name", "reconstruction"]
         stale = run(*words, "-o", tmp_path / output, *options)
-        assert "(its run.json differs in pictures_state)" in str(stale.exception)
+        assert "settings: pictures has changed. Go on" in str(stale.exception)
     os.utime(folder / "config.json")
     stale = run("answers", "samples", data / "comprehension.jsonl", "-c", folder, "-o", tmp_path / "a")
     assert "holds a run with other settings" in str(stale.exception)
@@ -186,6 +190,13 @@ def test_the_command_line(data, checkpoints, tmp_path):
     assert "has no questions" in str(drawings.exception)
     split = run("answers", "samples", data / "both.jsonl", "-c", folder, "-o", tmp_path / "x", "--split", "test")
     assert "--split is for benchmarks" in str(split.exception)
+    for command in (("answers", "samples"), ("draw",)):
+        for options, message in (
+            ((data / "nothing.jsonl",), "There is no file .*nothing.jsonl"),
+            ((data / "both.jsonl", "--task", "nothing"), "no task 'nothing' that"),
+        ):
+            wrong = run(*command, *options, "-c", folder, "-o", tmp_path / "x")
+            assert re.search(message, str(wrong.exception)), wrong.exception
     refused = run("draw", data / "comprehension.jsonl", "-c", folder, "-o", tmp_path / "x")
     assert "has no samples with a target_image" in str(refused.exception) and not (tmp_path / "x").exists()
 

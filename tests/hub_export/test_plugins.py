@@ -80,7 +80,7 @@ def test_a_published_file_put_in(folder, tmp_path):
     task = json.loads((folder / "config.json").read_text())["tasks"]["of_the_base"]
     assert (task["alpha"], task["token_tables"]) == (3.0, None)
     for plugin, options, message in (
-        (file, {"kind": "image"}, "does not say what it is: set name, that of its task, and kind"),
+        (file, {"kind": "image"}, r"does not say what it is: give the name of its task \(--name\) and its kind"),
         (file, {"name": "again"}, "does not say what it is"),
         (file, {"name": "again", "kind": "sound"}, "does not say what it is"),
         (fusion, {"name": "again", "kind": "image"}, "is no H-LoRA plugin"),
@@ -137,7 +137,9 @@ def test_a_plugin_takes_the_place_of_another_only_when_asked(folder, tmp_path):
     tensors = load_file(tmp_path / "plugin/plugin.safetensors")
     changed = {name: tensor * 2 if "lora_B" in name else tensor for name, tensor in tensors.items()}
     save_file(changed, tmp_path / "plugin/plugin.safetensors")
-    with pytest.raises(CheckpointError, match="give the plugin another name, or set replace"):
+    with pytest.raises(
+        CheckpointError, match=r"give the plugin another name \(--name\), or let it take its place \(--replace\)"
+    ):
         add_plugin(folder, tmp_path / "plugin")
     add_plugin(folder, tmp_path / "plugin", replace=True)
     written = weights_of(folder)

@@ -146,5 +146,5 @@ def test_it_is_built_from_nothing_and_a_second_run_has_nothing_to_train(tmp_path
         path: path.stat().st_mtime_ns for path in (tmp_path / "work/stages").rglob("trained.safetensors")
     } == trained
     assert "| stage 1 alone | " in (tmp_path / "small/README.md").read_text()
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(its run.json differs in scale\)"):
+    with pytest.raises(ValueError, match=r"other settings: scale was 0.003 and is 0.004\."):
         nano.build(tmp_path / "work", tmp_path / "small", scale=0.004)

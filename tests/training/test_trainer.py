@@ -92,7 +92,6 @@ def test_a_plugin_saved_alone_gives_the_same_logits_elsewhere(data, load, checkp
     model, processor = load()
     trainer = trainer_of(data, model, processor, "instruction", "generation", tmp_path / "run", warmup_steps=0)
     trainer.train()
-    (tmp_path / "plugin").mkdir()
     save_plugin(model, "generation", tmp_path / "plugin")
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoints("m3").folder, folder)
@@ -104,6 +103,16 @@ def test_a_plugin_saved_alone_gives_the_same_logits_elsewhere(data, load, checkp
         expected = model.eval()(**inputs, task="generation").logits
         assert torch.equal(elsewhere(**inputs, task="trained").logits, expected)
         assert not torch.equal(elsewhere(**inputs, task="generation").logits, expected)
+
+
+def test_a_training_that_diverged_is_not_saved(load, tmp_path):
+    model, _ = load()
+    model.model.projectors["generation"][0].weight.data[0, 0] = torch.inf
+    with pytest.raises(
+        ValueError, match="training of 'generation' diverged, and nothing was saved: lower the learning rate"
+    ):
+        save_plugin(model, "generation", tmp_path / "plugin")
+    assert not (tmp_path / "plugin").exists()
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(data, checkpoints, tmp_path):
@@ -235,7 +244,6 @@ def test_a_plugin_trains_on_a_4_bit_base(data, load, tmp_path):
     moved = {key for key, value in trainer.trained_state().items() if not torch.equal(value, before[key])}
     # lora_B starts at zero, where neither of the other two has a gradient
     assert moved == {key for key in before if "lora_B" in key or "projectors" in key}
-    (tmp_path / "plugin").mkdir()
     save_plugin(model, "ct_to_mri", tmp_path / "plugin")
     saved = load_file(tmp_path / "plugin/plugin.safetensors")
     assert saved.keys() == before.keys() and {value.dtype for value in saved.values()} == {torch.bfloat16}

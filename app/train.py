@@ -119,7 +119,7 @@ def train(
     elif any(option is not None for option in (kind, init_from, rank, experts, alpha)):
         raise ValueError("--kind, --init-from, --rank, --experts and --alpha are for a --task that is new.")
 
-    kinds = {name: settings.kind for name, settings in tasks.items()}
+    kinds = {name: known.kind for name, known in tasks.items()}
     samples = read(data, model, processor, task)
     held_out = None if eval_data is None else read(eval_data, model, processor, task)
     settings["pictures_state"] = state_of_files(

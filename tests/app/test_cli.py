@@ -184,7 +184,7 @@ def test_plugins_are_listed_taken_out_and_put_in(healthgpt, folder, tmp_path):
         (["ask", "-c", "FOLDER", "--device", "abacus", "What?"], "The device 'abacus' cannot be used here"),
         (["ask", "-c", GOLDEN, "What?"], "is no HealthGPT checkpoint: it has no config.json"),
         (["export", "--output", "out", "--preset", "m5"], "no preset 'm5'; choose one of m3, l14, xl32"),
-        (["train", "nowhere.jsonl", "-c", "FOLDER", "-o", "out"], "Error: nowhere.jsonl: No such file or directory.$"),
+        (["train", "nowhere.jsonl", "-c", "FOLDER", "-o", "out"], "Error: There is no file nowhere.jsonl.$"),
         (["export", "--output", "out", "--base", "x"], "The export needs --vision, or a --preset"),
         (
             ["export", "--output", "out", "--preset", "l14"],

@@ -31,7 +31,11 @@ def require_same(folder: Path, settings: dict) -> None:
         ValueError: if the run in the folder has other values of these settings, or what is known of it is damaged.
     """
     begun = read_json(folder / RUN_NAME)
-    other = [describe(name, begun.get(name), value) for name, value in settings.items() if begun.get(name) != value]
+    other = [
+        describe(name, begun.get(name, "not set"), value)
+        for name, value in settings.items()
+        if name not in begun or begun[name] != value
+    ]
     if other:
         raise ValueError(
             f"{folder} holds a run with other settings: {'; '.join(other)}. Go on with those in its {RUN_NAME}, or choose "
@@ -61,6 +65,6 @@ def begin(folder: Path, settings: dict) -> None:
         raise ValueError(f"{folder} is a file: name a folder for the run.")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / RUN_NAME).exists():
-        require_same(folder, settings)
+        require_same(folder, dict.fromkeys(read_json(folder / RUN_NAME)) | settings)  # all of them
     else:
         write_json(folder / RUN_NAME, settings)

@@ -195,11 +195,14 @@ def pictures(
     """
     with working("Starting"):
         from ..evaluation import load_lpips, pair_folders
-        from ..runs import state_of
+        from ..runs import state_of_files
 
         measure = load_lpips() if lpips else None
+    if output.resolve() in (drawn.resolve(), true.resolve()):
+        raise ValueError(f"{output} holds the pictures: name another folder for the tables.")
     pairs = pair_folders(drawn, true)
-    settings = {"drawn": str(drawn), "drawn_state": state_of(drawn), "true": str(true), "true_state": state_of(true)}
+    settings = {"drawn": str(drawn), "true": str(true)}
+    settings["pictures_state"] = state_of_files(path for pair in pairs for path in pair)
     report_pairs(pairs, output, name, settings, measure, as_json, resize=False)
 
 

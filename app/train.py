@@ -12,9 +12,9 @@ import typer
 
 from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, read, require_file, working
 
-# What may change when a run goes on: it may be longer, save or log at other steps, and run on other hardware.
-MAY_CHANGE = {"output", "epochs", "max_steps", "save_steps", "save_total_limit", "logging_steps", "workers"}
-MAY_CHANGE |= {"gradient_checkpointing", "resume", "as_json", "device"}
+# What may change when a run goes on: it may be longer, keep other checkpoints, and run on other hardware.
+MAY_CHANGE = {"output", "epochs", "max_steps", "save_total_limit", "workers", "gradient_checkpointing", "resume"}
+MAY_CHANGE |= {"as_json", "device"}
 
 
 def train(
@@ -135,6 +135,7 @@ def train(
     recipe = changed(recipe_of(stage, kinds[trained[0]], model.config), batch_size, learning_rate, dropout)
     answering = start_fusion(model, trained) if stage == "fusion" else {}
 
+    steps = math.ceil(len(samples) / recipe.batch_size)  # of a pass
     arguments = training_arguments(
         recipe,
         model,
@@ -147,7 +148,7 @@ def train(
         logging_steps=logging_steps,
         # By steps: what is logged "by epoch" comes after the checkpoint of the epoch's last step, and a run that goes on there lacks it.
         eval_strategy="no" if held_out is None else "steps",
-        eval_steps=math.ceil(len(samples) / recipe.batch_size),
+        eval_steps=steps,
         dataloader_num_workers=workers,
         seed=seed,
         use_cpu=model.device.type == "cpu",
@@ -181,7 +182,11 @@ def train(
     if trainer.is_world_process_zero():
         begin(output, settings)
     with contextlib.redirect_stdout(sys.stderr):  # where progress goes; the Trainer prints its losses
-        trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
+        reached = last_checkpoint(output) if resume else None
+        if reached is not None and int(reached.rpartition("-")[2]) >= (max_steps or math.ceil(epochs * steps)):
+            trainer._load_from_checkpoint(reached)  # the Trainer would take a step more
+        else:
+            trainer.train(resume_from_checkpoint=reached)
     if not trainer.is_world_process_zero():
         return
     for name, tables in answering.items():

@@ -31,23 +31,30 @@ def average_runs(folders: list[Path]) -> tuple[dict[str, dict], dict]:
     Raises:
         ValueError: if a run is not finished, of no benchmark or only a part of it, there twice, lacking or of another checkpoint.
     """
-    runs, folder_of, common = {}, {}, []
+    runs, folder_of, answers, common = {}, {}, {}, []
     for folder in folders:
-        content = read_json(folder / RESULTS_NAME)
         with reading(folder / RESULTS_NAME):
-            name, results = content["benchmark"], content["results"]
+            content = read_json(folder / RESULTS_NAME)
+            name = str(content["benchmark"])
         if name not in BENCHMARKS:
             raise ValueError(f"{folder} is a run of {name!r}; the average is over {', '.join(BENCHMARKS)}.")
         if name in runs:
             raise ValueError(f"{folder_of[name]} and {folder} are both runs of {name}.")
-        runs[name], folder_of[name] = results, folder
         with reading(folder / RESULTS_NAME):
             common.append({key: content[key] for key in ("checkpoint", "checkpoint_state", "dtype", "task")})
             limit, split = content["limit"], content["split"]
+            runs[name] = {
+                metric: {key: float(figure[key]) for key in ("value", "low", "high")} | {"count": int(figure["count"])}
+                for metric, figure in content["results"].items()
+            }
+            count = runs[name]["all"]["count"]
         if limit is not None or split not in (None, DEFAULT_SPLITS.get(name, "test")):
             raise ValueError(
                 f"{folder} is no run of the whole {name}: it has the limit {limit} and the split {split}."
             )
+        folder_of[name], answers[name] = folder, read_answers(folder)
+        if sum(map(len, answers[name].values())) != count:
+            raise ValueError(f"The records of {folder} are not those of its {count} questions.")
     lacking = [name for name in BENCHMARKS if name not in runs]
     if lacking:
         raise ValueError(f"The average is over {', '.join(BENCHMARKS)}: there is no run of {', '.join(lacking)}.")
@@ -58,12 +65,12 @@ def average_runs(folders: list[Path]) -> tuple[dict[str, dict], dict]:
         if metric not in runs[name]:
             raise ValueError(f"{folder_of[name]} has no {metric} questions of {name}.")
         summary[f"{name} {metric}"] = runs[name][metric]
-    values = resampled_means({name: read_answers(folder_of[name]) for name in runs})
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    values = torch.tensor(resampled_means(answers), dtype=torch.float64)
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     summary["all"] = {
         "value": sum(figure["value"] for figure in summary.values()) / len(FIGURES),
-        "low": low.item(),
-        "high": high.item(),
+        "low": low,
+        "high": high,
         "count": sum(runs[name]["all"]["count"] for name in runs),
     }
     return summary, common[0] | {"runs": list(map(str, folders))}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from ..conversations import conversation, prepare
@@ -42,7 +43,10 @@ def pair_folders(drawn: Path, true: Path) -> list[tuple[Path, Path]]:
 
 
 def stem_of(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).stem
+    """The name of a picture file without its ending, if it has one: a DICOM file is often named by a number with dots."""
+    name = Path(path.name.removesuffix(".gz"))
+    known = name.suffix.lower() in {".dcm", ".dicom", ".nii", *Image.registered_extensions()}
+    return name.stem if known else name.name
 
 
 def compare_pictures(drawn, true) -> dict[str, float]:

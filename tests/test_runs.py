@@ -12,13 +12,12 @@ def test_a_run_goes_on_in_its_folder_and_no_other_does(tmp_path):
     begin(tmp_path / "run", settings)
     begin(tmp_path / "run", settings)
     require_same(tmp_path / "run", {"seed": 0, "data": "a.jsonl"})
-    for other in (
-        {**settings, "seed": 1, "rank": 4},
-        {"seed": 1, "rank": 4},
-        {**settings, "seed": 1, "rank": 4, "x": None},
-    ):
-        with pytest.raises(ValueError, match=r"settings: seed was 0 and is 1; rank was null and is 4\. Go on"):
-            begin(tmp_path / "run", other)
+    with pytest.raises(ValueError, match=r"settings: seed was 0 and is 1; rank was null and is 4\. Go on"):
+        begin(tmp_path / "run", {**settings, "seed": 1, "rank": 4})
+    with pytest.raises(ValueError, match=r'settings: x was "not set" and is null\. Go on'):
+        begin(tmp_path / "run", {**settings, "x": None})
+    with pytest.raises(ValueError, match=r'settings: data was "a.jsonl" and is null\. Go on'):
+        begin(tmp_path / "run", {"seed": 0})
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file: name a folder"):
         begin(tmp_path / "file", settings)

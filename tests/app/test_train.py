@@ -54,19 +54,20 @@ def test_a_plugin_for_a_new_task_that_the_checkpoint_then_takes(pairs, checkpoin
 
 
 def test_a_run_goes_on_with_its_own_settings_only(data, checkpoints, tmp_path):
-    """It may be longer, and save more often."""
+    """It may be longer; one that is at its end takes no step more."""
     file, output = data / "comprehension.jsonl", tmp_path / "run"
-    command = (file, "-c", checkpoints("m3").folder, "-o", output, *QUICK, "--resume")
+    command = (file, "-c", checkpoints("m3").folder, "-o", output, *QUICK, "--save-steps", 1, "--resume")
     assert f"{output} holds no run that could go on: start one without --resume" in str(run(*command).exception)
     assert not output.exists()
     output.touch()
     assert f"{output} holds no run that could go on" in str(run(*command).exception)
     output.unlink()
-    assert run(*command[:-1], "--save-steps", 1, "--save-total-limit", 1).exit_code == 0
+    assert run(*command[:-1], "--save-total-limit", 1).exit_code == 0
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
     for changed, differs in (
         (("--learning-rate", 1e-3), "learning_rate was null and is 0.001"),
         (("--seed", 7), "seed was 0 and is 7"),
+        (("--save-steps", 2), "save_steps was 1 and is 2"),
         (("--batch-size", 1), "batch_size was 2 and is 1"),
         (("--eval-data", file), f'eval_data was null and is "{file}"; eval_data has changed'),
         (("--stage", "alignment"), 'stage was "instruction" and is "alignment"'),
@@ -74,7 +75,11 @@ def test_a_run_goes_on_with_its_own_settings_only(data, checkpoints, tmp_path):
         refused = run(*command, *changed)
         expected = f"{output} holds a run with other settings: {differs}. Go on with those in its run.json, or choose another folder."
         assert str(refused.exception) == expected
-    assert run(*command, "--max-steps", 3, "--logging-steps", 1).exit_code == 0
+    finished = (output / "comprehension/plugin.safetensors").read_bytes()
+    (output / "comprehension/plugin.safetensors").unlink()
+    assert run(*command).exit_code == 0 and not (output / "checkpoint-3").exists()
+    assert (output / "comprehension/plugin.safetensors").read_bytes() == finished
+    assert run(*command, "--max-steps", 3).exit_code == 0
     assert (output / "checkpoint-3").exists() and (output / "checkpoint-2").exists()
     with open(file, "a") as lines:
         lines.write(file.read_text().splitlines()[0] + "\n")

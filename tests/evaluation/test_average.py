@@ -91,8 +91,18 @@ def test_runs_that_cannot_be_averaged(runs, tmp_path):
     with pytest.raises(ValueError, match=r"begun/results.json does not exist"):
         average_runs([tmp_path / "begun"])
     (tmp_path / "begun/results.json").write_text('{"benchmark": "vqa_rad"}')
-    with pytest.raises(ValueError, match=r"begun/results.json cannot be used: it lacks the entry 'results'"):
+    with pytest.raises(ValueError, match=r"begun/results.json cannot be used: it lacks the entry 'checkpoint'"):
         average_runs([tmp_path / "begun"])
+    for results in ({"all": 5}, ["all"], None, {"all": {"value": 1.0}}):
+        content = {"benchmark": "vqa_rad", "checkpoint": "m3", "checkpoint_state": None, "dtype": None, "task": None}
+        content |= {"limit": None, "split": None, "results": results}
+        (tmp_path / "begun/results.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"begun/results.json cannot be used: "):
+            average_runs([tmp_path / "begun"])
+    finish(tmp_path / "short", "vqa_rad", [True], [True])
+    (tmp_path / "short/records.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"records of .*short are not those of its 2 questions"):
+        average_runs([tmp_path / "short"])
     finish(tmp_path / "other", "vqa_rad", [True], [], checkpoint="l14")
     with pytest.raises(ValueError, match="The runs are not of one task of one checkpoint in one precision"):
         average_runs([*runs[1:], tmp_path / "other"])

@@ -171,6 +171,10 @@ def test_the_command_line(data, checkpoints, tmp_path):
     redrawn = np.asarray(Image.open(tmp_path / "d/drawn/0.png"), dtype=int)
     assert abs(redrawn - drawing).max() <= 1  # alone, not in a batch
     assert (tmp_path / "d/drawn/1.png").stat().st_mtime_ns == before
+    mixed = run("draw", data / "both.jsonl", "-c", folder, "-o", tmp_path / "a")
+    assert 'settings: benchmark was "samples" and is null' in str(mixed.exception)
+    inside = run("pictures", tmp_path / "d/drawn", tmp_path / "d/drawn", "-o", tmp_path / "d/drawn")
+    assert "d/drawn holds the pictures: name another folder for the tables" in str(inside.exception)
     compared = run("pictures", tmp_path / "d/drawn", tmp_path / "d/drawn", "-o", tmp_path / "p")
     assert compared.exit_code == 0 and "| SSIM | 100.00 |" in compared.output
     assert len(list((tmp_path / "a").iterdir())) == 4
@@ -227,6 +231,9 @@ def test_folders_that_are_no_pairs(tmp_path):
     with pytest.raises(ValueError, match="'3' lies in only one of them"):
         pair_folders(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b/3.nii.gz").touch()
+    for name in ("a", "b"):
+        for number in (1, 2):
+            (tmp_path / f"{name}/0.2.840.{number}").touch()  # DICOM
     assert pair_folders(tmp_path / "a", tmp_path / "b")[-1] == (tmp_path / "a/3.dcm", tmp_path / "b/3.nii.gz")
     with pytest.raises(ValueError, match="is no folder"):
         pair_folders(tmp_path / "a/1.png", tmp_path / "b")

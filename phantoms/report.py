@@ -125,7 +125,8 @@ def report_findings(model, processor, drawings: dict, log=lambda text: None) -> 
         for way in ("drawn", "ceiling", "truth"):
             asked = [(ways[way][number], QUESTIONS["open"][0], samples[number]["finding"]) for number in shown]
             found[kind][way] = ask(model, processor, asked)
-        log(f"{kind}: findings { ({way: result['value'] for way, result in found[kind].items()}) }")
+        named = {way: f"{result['value']:.1f}" for way, result in found[kind].items()}
+        log(f"{kind}: findings {named}")
     return found
 
 
@@ -136,9 +137,8 @@ def ask(model, processor, questions: list[tuple[Image.Image, str, str]]) -> dict
         for number, (picture, text, truth) in enumerate(questions)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        return summarise_answers(answer_items(model, processor, items, Records(Path(folder), {}), batch_size=32))[
-            "all"
-        ]
+        answered = answer_items(model, processor, items, Records(Path(folder), {}), batch_size=32)
+    return summarise_answers(answered)["all"]
 
 
 def draw(model, processor, samples: list[dict]) -> list[Image.Image]:

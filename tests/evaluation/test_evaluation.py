@@ -257,7 +257,7 @@ def test_pictures_of_16_bits_and_more_than_files_may_be_open(tmp_path):
     assert "| MSE | 0.00 | 0.00 to 0.00 | 40 |" in compared.output, compared.exception
 
 
-@pytest.mark.skipif(_TORCHVISION_AVAILABLE, reason="torchvision is installed")
+@pytest.mark.skipif(_TORCHVISION_AVAILABLE, reason="torchvision is here, and what is said without it is not")
 def test_lpips_says_what_it_needs(tmp_path):
     flat(0).save(tmp_path / "1.png")
     result = run("pictures", tmp_path, tmp_path, "-o", tmp_path / "out", "--lpips")

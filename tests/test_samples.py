@@ -68,8 +68,8 @@ def test_what_is_read(data, m3, monkeypatch):
         (0, {"response": "Yes.<|end|>"}, r"its response has <\|end\|>, a token that only the processor writes"),
         (2, {"instruction": "Draw <idx_5>."}, "its instruction has <idx_5>, a token that only the processor writes"),
         (0, {"response": "\ud800"}, "'utf-8' codec can't encode character '.ud800' in position"),
-        (2, {"target_image": None, "target_codes": [True] * 64}, "must be a list of 64 whole numbers"),
-        (2, {"target_image": None, "target_codes": [1.0] * 64}, "must be a list of 64 whole numbers"),
+        (2, {"target_image": None, "target_codes": [True] * 64}, r"must be a list of \d+ whole numbers"),
+        (2, {"target_image": None, "target_codes": [1.0] * 64}, r"must be a list of \d+ whole numbers"),
         (
             0,
             {"group": ""},

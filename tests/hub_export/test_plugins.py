@@ -183,10 +183,10 @@ def test_what_does_not_fit_leaves_the_checkpoint_as_it_was(folder, tmp_path, che
     tensors = load_file(plugin / "plugin.safetensors")
     first = sorted(tensors)[0]
     for change, message in (
-        ({first: None}, "does not fit the 2 layers of .*: it lacks 1 tensor"),
+        ({first: None}, r"does not fit the \d+ layers of .*: it lacks 1 tensor"),
         (
             {"model.projectors.generation.9.bias": torch.zeros(2)},
-            "does not fit the 2 layers of .*: it has besides 1 tensor",
+            r"does not fit the \d+ layers of .*: it has besides 1 tensor",
         ),
         ({first: torch.zeros(2, 2)}, r"has the shape \[2, 2\], but"),
         ({first: tensors[first] * torch.nan}, "NaN or infinite"),

@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "HealthGPTConfig": "configuration_healthgpt",
+    "HealthGPTError": "errors_healthgpt",
     "HealthGPTForConditionalGeneration": "modeling_healthgpt",
     "HealthGPTModel": "modeling_healthgpt",
     "HealthGPTProcessor": "processing_healthgpt",

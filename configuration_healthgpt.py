@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .errors_healthgpt import HealthGPTError
+
 
 @dataclass
 class TaskConfig:
@@ -28,7 +30,7 @@ class TaskConfig:
         dropout (`float`, defaults to 0.0): Share of the inputs of A that is zeroed during training.
 
     Raises:
-        ValueError: if a value is none that the model can be built with; the sentence names it.
+        HealthGPTError: if a value is none that the model can be built with; the sentence names it.
     """
 
     kind: str
@@ -42,14 +44,14 @@ class TaskConfig:
 
     def __post_init__(self):
         if self.kind not in ("text", "image"):
-            raise ValueError(f"A task's kind is 'text' or 'image', got {self.kind!r}.")
+            raise HealthGPTError(f"A task's kind is 'text' or 'image', got {self.kind!r}.")
         if self.num_experts < 1 or self.rank < 1 or self.rank % self.num_experts:
-            raise ValueError(
+            raise HealthGPTError(
                 f"An H-LoRA's rank must be a positive multiple of its number of experts, got rank {self.rank} "
                 f"and {self.num_experts} experts."
             )
         if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"An H-LoRA's alpha must be a positive number, got {self.alpha}.")
+            raise HealthGPTError(f"An H-LoRA's alpha must be a positive number, got {self.alpha}.")
 
 
 class HealthGPTVQGANConfig(PreTrainedConfig):
@@ -122,7 +124,7 @@ class HealthGPTConfig(PreTrainedConfig):
         image_code_offset (`int`, *optional*): Id of `<idx_0>`; code `i` has the id `image_code_offset + i`.
 
     Raises:
-        ValueError: if a task's name or settings do not fit the rest of the configuration.
+        HealthGPTError: if a task's name or settings do not fit the rest of the configuration.
     """
 
     model_type = "healthgpt"
@@ -154,15 +156,17 @@ class HealthGPTConfig(PreTrainedConfig):
     def validate_task(self, name: str, task: TaskConfig) -> None:
         """
         Raises:
-            ValueError: if the name is none, or the task does not fit the rest of the configuration.
+            HealthGPTError: if the name is none, or the task does not fit the rest of the configuration.
         """
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise ValueError(f"A task's name is made of small letters, digits and underscores, got {name!r}.")
+            raise HealthGPTError(f"A task's name is made of small letters, digits and underscores, got {name!r}.")
         if task.kind == "image" and (self.vqgan_config is None or self.image_code_offset is None):
-            raise ValueError(f"Task {name!r} draws pictures, but the configuration has no VQGAN or no image codes.")
+            raise HealthGPTError(
+                f"Task {name!r} draws pictures, but the configuration has no VQGAN or no image codes."
+            )
         num_states = self.vision_config.num_hidden_layers + 1
         if not -num_states <= task.vision_layer < num_states:
-            raise ValueError(
+            raise HealthGPTError(
                 f"Task {name!r} reads layer {task.vision_layer} of a vision tower with {num_states} hidden states."
             )
 
@@ -192,10 +196,12 @@ def task_from_mode(task: str | list[str] | None, generation_mode: str | None) ->
     if generation_mode is None:
         return "comprehension" if task is None else task
     if generation_mode not in ("text", "image"):
-        raise ValueError(f"generation_mode is 'text' or 'image', got {generation_mode!r}.")
+        raise HealthGPTError(f"generation_mode is 'text' or 'image', got {generation_mode!r}.")
     named = "comprehension" if generation_mode == "text" else "generation"
     if task is not None and task != named:
-        raise ValueError(f"generation_mode={generation_mode!r} means task {named!r}, but task={task!r} was given too.")
+        raise HealthGPTError(
+            f"generation_mode={generation_mode!r} means task {named!r}, but task={task!r} was given too."
+        )
     return named
 
 
@@ -211,7 +217,7 @@ def _task_config(task):
         return task
     unknown = set(task) - {field.name for field in fields(TaskConfig)}
     if unknown:
-        raise ValueError(f"A task has no setting {', '.join(sorted(unknown))}.")
+        raise HealthGPTError(f"A task has no setting {', '.join(sorted(unknown))}.")
     return TaskConfig(**task)
 
 

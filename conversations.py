@@ -21,7 +21,7 @@ def prepare(processor, messages: list, task: str | list[str]):
         `pixel_values` `(num_images, 3, height, width)`; all on the CPU.
 
     Raises:
-        ValueError: if a task is unknown or a conversation cannot be used.
+        HealthGPTError: if a task is unknown or a conversation cannot be used.
     """
     return processor.apply_chat_template(
         messages, task=task, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

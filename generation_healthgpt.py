@@ -23,6 +23,7 @@ from transformers.generation import (
 )
 
 from .configuration_healthgpt import task_from_mode
+from .errors_healthgpt import HealthGPTError
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE_NAME = "cache" if TRANSFORMERS_VERSION >= (5, 24) else "past_key_values"
@@ -109,14 +110,14 @@ class HealthGPTGenerationMixin(GenerationMixin):
             As `GenerationMixin.generate`: ids of prompt and continuation, `(batch * num_return_sequences, length)`.
 
         Raises:
-            ValueError: if a task is unknown, a prompt does not fit into the model's window, or an option of `generate`
+            HealthGPTError: if a task is unknown, a prompt does not fit into the model's window, or an option of `generate`
                 cannot be used for drawing.
         """
         task = task_from_mode(task, generation_mode)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         prompt = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if prompt is None or prompt.ndim < 2 or 0 in prompt.shape[:2]:
-            raise ValueError(
+            raise HealthGPTError(
                 "generate needs a prompt: input_ids (batch, length) or inputs_embeds (batch, length, hidden), not empty."
             )
         tasks = self.model.tasks_of_rows(task, len(prompt))
@@ -133,7 +134,7 @@ class HealthGPTGenerationMixin(GenerationMixin):
             pixel_values = kwargs.get("pixel_values")
             self.model.get_placeholder_mask(input_ids[:, cached if pixel_values is None else 0 :], pixel_values)
             if (~draws & (input_ids[:, -1] == self.config.image_start_token_id)).any():
-                raise ValueError(
+                raise HealthGPTError(
                     "A prompt ends with <start_index>, as prompts for drawing do, but its task answers in words."
                 )
         self._check_generation(prompt.shape[1], draws, kwargs, generation_config)
@@ -178,14 +179,14 @@ class HealthGPTGenerationMixin(GenerationMixin):
         if not lacking.any():
             return input_ids, attention_mask
         if cached > 0 and not lacking.all():
-            raise ValueError(
+            raise HealthGPTError(
                 "Rows that continue a cache cannot be moved: end the prompts of all rows that draw with <start_index>, as "
                 "apply_chat_template(add_generation_prompt=True) does."
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if (attention_mask[:, -1] == 0).any():
-            raise ValueError("Prompts of different lengths must be padded on the left.")
+            raise HealthGPTError("Prompts of different lengths must be padded on the left.")
 
         def shift(tensor, left, right):
             edge = tensor.new_ones((len(tensor), 1))
@@ -200,7 +201,7 @@ class HealthGPTGenerationMixin(GenerationMixin):
         window = self.config.text_config.max_position_embeddings
         new_tokens = self.config.num_image_codes if draws.any() else 1
         if prompt_length + new_tokens > window:
-            raise ValueError(
+            raise HealthGPTError(
                 f"The prompt has {prompt_length} tokens and needs room for {new_tokens} more, but the model's window is "
                 f"{window} tokens."
             )
@@ -210,16 +211,18 @@ class HealthGPTGenerationMixin(GenerationMixin):
 
         looks_up_ids = (option("repetition_penalty") or 1) != 1 or option("prompt_lookup_num_tokens")
         if looks_up_ids and self.config.image_token_id >= self.lm_head.out_features and TRANSFORMERS_VERSION < (5, 18):
-            raise ValueError(
+            raise HealthGPTError(
                 "repetition_penalty and prompt_lookup_num_tokens need transformers 5.18 or newer, since the id that stands "
                 "for pictures lies past the token tables."
             )
         if draws.any() and option("forced_eos_token_id") is not None:
-            raise ValueError("forced_eos_token_id would take the place of a picture's last code: draw without it.")
+            raise HealthGPTError("forced_eos_token_id would take the place of a picture's last code: draw without it.")
         if (option("guidance_scale") or 1) != 1:
-            raise ValueError("guidance_scale is not supported: its second pass would run without picture and task.")
+            raise HealthGPTError(
+                "guidance_scale is not supported: its second pass would run without picture and task."
+            )
         if draws.any() and not draws.all() and (option("num_beams") or 1) > 1:
-            raise ValueError("Beam search needs rows that all answer or all draw; this batch mixes both.")
+            raise HealthGPTError("Beam search needs rows that all answer or all draw; this batch mixes both.")
 
     def _pop_max_new_tokens(self, prompt_length, kwargs, generation_config):
         """How many new tokens the caller asked for, if they did; takes the arguments that say so out of `kwargs`."""
@@ -249,7 +252,7 @@ class HealthGPTGenerationMixin(GenerationMixin):
             starts = (input_ids == self.config.image_token_id).nonzero()[:: self.config.num_image_patches, 1]
             cached = cached_length(kwargs.get(CACHE_NAME))
             if ((starts < cached) & (cached < starts + self.config.num_image_patches)).any():
-                raise ValueError("The cache ends within a picture: crop it before or after.")
+                raise HealthGPTError("The cache ends within a picture: crop it before or after.")
             pixel_values = pixel_values[starts >= cached]
             model_inputs["pixel_values"] = pixel_values if len(pixel_values) > 0 else None
         return model_inputs

@@ -17,6 +17,7 @@ from transformers.image_utils import to_numpy_array
 from transformers.processing_utils import ProcessingKwargs
 
 from .configuration_healthgpt import task_from_mode
+from .errors_healthgpt import HealthGPTError
 
 try:
     from transformers import CLIPImageProcessorPil
@@ -83,23 +84,23 @@ class HealthGPTProcessor(ProcessorMixin):
             `(num_images, 3, height, width)`.
 
         Raises:
-            ValueError: if there is no text, a picture cannot be used, or pictures and prompts do not fit each other.
+            HealthGPTError: if there is no text, a picture cannot be used, or pictures and prompts do not fit each other.
         """
         prompts = list(text) if isinstance(text, (list, tuple)) else [text]
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-            raise ValueError("HealthGPT needs prompts that are not empty: text is a string or a list of strings.")
+            raise HealthGPTError("HealthGPT needs prompts that are not empty: text is a string or a list of strings.")
         merged = self._merge_kwargs(
             HealthGPTProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
         pictures = [load_picture(image, self.image_size) for image in _flatten(images)]
         placeholders = [prompt.count(self.image_token) for prompt in prompts]
         if sum(placeholders) != len(pictures):
-            raise ValueError(
+            raise HealthGPTError(
                 f"The prompts have {sum(placeholders)} {self.image_token} but {len(pictures)} pictures were given."
             )
         is_nested = isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images)
         if is_nested and placeholders != [len(_flatten(item)) for item in images]:
-            raise ValueError(
+            raise HealthGPTError(
                 f"The prompts have {placeholders} {self.image_token} but {[len(_flatten(item)) for item in images]} pictures "
                 "were given for them."
             )
@@ -112,7 +113,7 @@ class HealthGPTProcessor(ProcessorMixin):
         data = dict(self.tokenizer(prompts, **text_kwargs))
         kept = sum(list(ids).count(self.image_token_id) for ids in data["input_ids"])
         if kept != len(pictures) * self.num_image_patches:
-            raise ValueError(
+            raise HealthGPTError(
                 f"Truncation to {text_kwargs.get('max_length')} tokens cuts a picture, which takes "
                 f"{self.num_image_patches} tokens: shorten the prompt or allow more."
             )
@@ -136,7 +137,7 @@ class HealthGPTProcessor(ProcessorMixin):
             kwargs: As in `ProcessorMixin.apply_chat_template`.
 
         Raises:
-            ValueError: if a task is unknown or a conversation's last message has no text and its task no default prompt.
+            HealthGPTError: if a task is unknown or a conversation's last message has no text and its task no default prompt.
         """
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
         named, mode = processor_kwargs.pop("task", None), processor_kwargs.pop("generation_mode", None)
@@ -149,7 +150,7 @@ class HealthGPTProcessor(ProcessorMixin):
         conversations = conversation if is_batched else [conversation]
         tasks = list(task) if isinstance(task, (list, tuple)) else [task] * len(conversations)
         if len(tasks) != len(conversations):
-            raise ValueError(
+            raise HealthGPTError(
                 f"Got {len(tasks)} tasks for {len(conversations)} conversations: give one, or one for each."
             )
         conversations = [self._prepare(*pair) for pair in zip(conversations, tasks, strict=True)]
@@ -158,16 +159,16 @@ class HealthGPTProcessor(ProcessorMixin):
     def _prepare(self, conversation, task):
         """A copy of the conversation with contents as lists, the default prompt if it is needed, and the mode."""
         if task not in self.tasks:
-            raise ValueError(f"This checkpoint has no task {task!r}; it has {', '.join(self.tasks) or 'none'}.")
+            raise HealthGPTError(f"This checkpoint has no task {task!r}; it has {', '.join(self.tasks) or 'none'}.")
         if not isinstance(conversation, (list, tuple)) or not conversation:
-            raise ValueError(f"A conversation is a list of at least one message, got {str(conversation)[:200]!r}.")
+            raise HealthGPTError(f"A conversation is a list of at least one message, got {str(conversation)[:200]!r}.")
         messages = [_with_parts(message) for message in conversation]
         last = messages[-1]
         if not any(part["type"] == "text" and part["text"].strip() for part in last["content"]):
             pictures = [part for part in last["content"] if part["type"] != "text"]
             default_prompt = self.tasks[task].get("default_prompt")
             if default_prompt is None or not pictures:
-                raise ValueError(f"The last message has no text, which task {task!r} needs.")
+                raise HealthGPTError(f"The last message has no text, which task {task!r} needs.")
             last["content"] = [*pictures, {"type": "text", "text": default_prompt}]
         last["generation_mode"] = self.tasks[task]["kind"]  # read by the chat template
         return messages
@@ -196,14 +197,14 @@ class HealthGPTProcessor(ProcessorMixin):
             `torch.FloatTensor` of shape `(num_images, 3, picture_size, picture_size)`.
 
         Raises:
-            ValueError: if the checkpoint has no VQGAN, a picture cannot be used, or there is none.
+            HealthGPTError: if the checkpoint has no VQGAN, a picture cannot be used, or there is none.
         """
         if self.picture_size is None:
-            raise ValueError(
+            raise HealthGPTError(
                 "This checkpoint has no VQGAN: it was exported without one and cannot handle image codes."
             )
         if not _flatten(images):
-            raise ValueError("There is no picture to prepare: the list is empty.")
+            raise HealthGPTError("There is no picture to prepare: the list is empty.")
         size = (self.picture_size, self.picture_size)
         pictures = [
             load_picture(image, self.image_size).resize(size, Image.Resampling.LANCZOS) for image in _flatten(images)
@@ -225,7 +226,7 @@ class HealthGPTProcessor(ProcessorMixin):
             kwargs: Options of the tokenizer's decoding.
 
         Raises:
-            ValueError: if the mode is neither.
+            HealthGPTError: if the mode is neither.
         """
         if generation_mode != "image":
             return super().post_process_multimodal_output(
@@ -248,14 +249,14 @@ def load_picture(image, image_size: int | None = None) -> Image.Image:
             by default it may be of any shape.
 
     Raises:
-        ValueError: if it is no picture, is empty, or has a side that would vanish.
+        HealthGPTError: if it is no picture, is empty, or has a side that would vanish.
     """
     image = _open_picture(image)
     width, height = image.size
     if width == 0 or height == 0:
-        raise ValueError(f"The picture is empty: it has {width} x {height} pixels.")
+        raise HealthGPTError(f"The picture is empty: it has {width} x {height} pixels.")
     if image_size is not None and max(width, height) > image_size * min(width, height):
-        raise ValueError(
+        raise HealthGPTError(
             f"The picture is too narrow: of its {width} x {height} pixels the shorter side would vanish when the longer "
             f"one is brought to {image_size}."
         )
@@ -288,7 +289,7 @@ def _open_picture(image):
         name = repr(str(image)[:200]) if is_name else f"An object of type {type(image).__name__}"
         if isinstance(error, (binascii.Error, UnidentifiedImageError)):
             reason = "it is no file, URL or base64 data of a picture format that Pillow knows"
-        raise ValueError(f"{name} is not a picture that can be read: {reason}.") from error
+        raise HealthGPTError(f"{name} is not a picture that can be read: {reason}.") from error
 
 
 def _file_of(name):
@@ -302,14 +303,14 @@ def _file_of(name):
 def _with_parts(message):
     """A copy of a chat message, checked, whose content is a list of its pictures and texts."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"A message is a dictionary with role and content, got {str(message)[:200]!r}.")
+        raise HealthGPTError(f"A message is a dictionary with role and content, got {str(message)[:200]!r}.")
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": [{"type": "text", "text": content}]}
     for part in content if isinstance(content, (list, tuple)) else [content]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("image", "image_url", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
-            raise ValueError(
+            raise HealthGPTError(
                 "A message's content is a string or a list of {'type': 'image', 'image': ...} and {'type': 'text', 'text': "
                 f"...}}, got {str(part)[:200]!r}."
             )
@@ -320,7 +321,7 @@ def _rescale_grey(image):
     """A picture of 16-bit greys, which Pillow keeps as 32-bit integers, as RGB."""
     low, high = image.getextrema()
     if image.mode == "F" or low < 0 or high > 65535:
-        raise ValueError(
+        raise HealthGPTError(
             f"The picture's values go from {low} to {high} in Pillow mode {image.mode}; scale them to 8 or 16 bits first."
         )
     return image.point(lambda value: value * (1 / 256) + 0).convert("L").convert("RGB")

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from .errors_healthgpt import HealthGPTError
 from .hub_export.families import read_json
 from .hub_export.write import write_json
 
@@ -28,7 +29,7 @@ def state_of_files(files: Iterable[str | Path]) -> str:
 def require_same(folder: Path, settings: dict) -> None:
     """
     Raises:
-        ValueError: if the run in the folder has other values of these settings, or what is known of it is damaged.
+        HealthGPTError: if the run in the folder has other values of these settings, or what is known of it is damaged.
     """
     begun = read_json(folder / RUN_NAME)
     other = [
@@ -37,7 +38,7 @@ def require_same(folder: Path, settings: dict) -> None:
         if name not in begun or begun[name] != value
     ]
     if other:
-        raise ValueError(
+        raise HealthGPTError(
             f"{folder} holds a run with other settings: {'; '.join(other)}. Go on with those in its {RUN_NAME}, or choose "
             "another folder."
         )
@@ -59,10 +60,10 @@ def begin(folder: Path, settings: dict) -> None:
         settings (`dict`): What makes this run differ from others; JSON.
 
     Raises:
-        ValueError: as [`require_same`], or if the folder is a file.
+        HealthGPTError: as [`require_same`], or if the folder is a file.
     """
     if folder.is_file():
-        raise ValueError(f"{folder} is a file: name a folder for the run.")
+        raise HealthGPTError(f"{folder} is a file: name a folder for the run.")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / RUN_NAME).exists():
         require_same(folder, dict.fromkeys(read_json(folder / RUN_NAME)) | settings)  # all of them

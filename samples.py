@@ -14,6 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from .errors_healthgpt import HealthGPTError
 from .medical import open_picture
 from .processing_healthgpt import load_picture
 
@@ -49,7 +50,7 @@ def read_samples(
         `group` (a name or `None`).
 
     Raises:
-        ValueError: if a line is no sample, or a picture is missing or none; the sentence names the line.
+        HealthGPTError: if a line is no sample, or a picture is missing or none; the sentence names the line.
     """
     parts, rows, seen = [], [], set()
     tokenizer = processor.tokenizer
@@ -63,12 +64,12 @@ def read_samples(
                     found = [reserved.get(index) for index in tokenizer.encode(written, add_special_tokens=False)]
                     found = [token for token in found if token is not None and token in written]
                     if found:
-                        raise ValueError(f"its {field} has {found[0]}, a token that only the processor writes.")
+                        raise HealthGPTError(f"its {field} has {found[0]}, a token that only the processor writes.")
                 for picture in {*row["input_image"], row["target_image"]} - {None, *seen}:
                     load_picture(open_picture(picture), config.vision_config.image_size)
                     seen.add(picture)
             except ValueError as error:
-                raise ValueError(f"Line {number} of {path} is no sample: {error}") from error
+                raise HealthGPTError(f"Line {number} of {path} is no sample: {error}") from error
             rows.append(row)
             if len(rows) == PART:
                 parts.append(Dataset.from_list(rows, features=FEATURES))
@@ -77,7 +78,7 @@ def read_samples(
     if rows:
         parts.append(Dataset.from_list(rows, features=FEATURES))
     if not parts:
-        raise ValueError(f"{path} has no samples.")
+        raise HealthGPTError(f"{path} has no samples.")
     return concatenate_datasets(parts)
 
 
@@ -90,36 +91,36 @@ def pictures_of(samples: Dataset) -> set[str]:
 def parse(line: bytes):
     """The content of a line of UTF-8; half of a surrogate pair is no text."""
     if not line.strip():
-        raise ValueError("it is empty.")
+        raise HealthGPTError("it is empty.")
     try:
         content = json.loads(line.decode("utf-8-sig"))
         json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # of brackets without end
-        raise ValueError(f"it must be one JSON object, in UTF-8 and on a line of its own ({error}).") from error
+        raise HealthGPTError(f"it must be one JSON object, in UTF-8 and on a line of its own ({error}).") from error
     return content
 
 
 def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
     if not isinstance(row, dict):
-        raise ValueError(f"it must be a JSON object, but is {type(row).__name__}.")
+        raise HealthGPTError(f"it must be a JSON object, but is {type(row).__name__}.")
     unknown = [field for field in row if field not in FIELDS]
     if unknown:
-        raise ValueError(f"it has the field {unknown[0]!r}; samples have fields of {', '.join(FIELDS)} alone.")
+        raise HealthGPTError(f"it has the field {unknown[0]!r}; samples have fields of {', '.join(FIELDS)} alone.")
     row = {field: value for field, value in row.items() if value is not None}
     task = row.get("task", default_task)
     if task is None:
-        raise ValueError(
+        raise HealthGPTError(
             f"it names no task, and none is named for such lines; the tasks are {', '.join(config.tasks)}."
         )
     if not isinstance(task, str) or task not in config.tasks:
-        raise ValueError(f"its task is {task!r}, but the tasks are {', '.join(config.tasks)}.")
+        raise HealthGPTError(f"its task is {task!r}, but the tasks are {', '.join(config.tasks)}.")
     targets = ["response"] if config.tasks[task].kind == "text" else ["target_image", "target_codes"]
     given = [field for field in ("response", "target_image", "target_codes") if field in row]
     if len(given) != 1 or given[0] not in targets:
-        raise ValueError(f"task {task!r} needs a {' or a '.join(targets)} and nothing else to learn.")
+        raise HealthGPTError(f"task {task!r} needs a {' or a '.join(targets)} and nothing else to learn.")
     for field in ("instruction", "response", "target_image"):
         if field in ("instruction", *given) and not (isinstance(row.get(field), str) and row[field].strip()):
-            raise ValueError(f"task {task!r} needs a text as its {field}.")
+            raise HealthGPTError(f"task {task!r} needs a text as its {field}.")
     if "target_codes" in row:
         count, number = config.num_image_codes, config.vqgan_config.num_codes
         codes = row["target_codes"]
@@ -128,15 +129,15 @@ def check_sample(row, folder: Path, config, default_task: str | None) -> dict:
             and len(codes) == count
             and all(type(code) is int and 0 <= code < number for code in codes)  # true is an int too
         ):
-            raise ValueError(f"target_codes must be a list of {count} whole numbers from 0 to {number - 1}.")
+            raise HealthGPTError(f"target_codes must be a list of {count} whole numbers from 0 to {number - 1}.")
     pictures = row.get("input_image", [])
     pictures = [pictures] if isinstance(pictures, str) else pictures
     if not (isinstance(pictures, list) and all(isinstance(picture, str) and picture for picture in pictures)):
-        raise ValueError("input_image must be a path or a list of paths.")
+        raise HealthGPTError("input_image must be a path or a list of paths.")
     group = row.get("group")
     named = isinstance(group, str) and group.strip() and not set(group) & set("|\r\n")
     if group is not None and (not named or group.strip() in ROWS):
-        raise ValueError(
+        raise HealthGPTError(
             f"group must be a name without | and line breaks, and none of {', '.join(ROWS)}, got {group!r}."
         )
     return {

@@ -8,6 +8,8 @@ import os
 import re
 from pathlib import Path
 
+from ..errors_healthgpt import HealthGPTError
+
 FIELDS = ["file", "question", "answer", "task", "checkpoint", "folder", "frame", "max_new_tokens"]
 
 
@@ -20,15 +22,17 @@ class AnswerTable:
         settings (`dict[str, str]`): What all rows share, by the names of the fields: all but `file` and `answer`.
 
     Raises:
-        ValueError: if the file has another ending or folder, cannot be written, is no such table, or has rows of other
+        HealthGPTError: if the file has another ending or folder, cannot be written, is no such table, or has rows of other
             settings, or if a setting is not UTF-8.
     """
 
     def __init__(self, path: Path, settings: dict[str, str]):
         if path.suffix.lower() not in (".csv", ".jsonl"):
-            raise ValueError(f"{path} has another ending than .csv and .jsonl, the forms of answers about a folder.")
+            raise HealthGPTError(
+                f"{path} has another ending than .csv and .jsonl, the forms of answers about a folder."
+            )
         if not path.parent.is_dir():
-            raise ValueError(f"The folder {path.parent} does not exist.")
+            raise HealthGPTError(f"The folder {path.parent} does not exist.")
         for value in settings.values():
             require_utf8(value)
         self.path, self.settings = path, settings
@@ -44,7 +48,7 @@ class AnswerTable:
             if is_new:
                 path.unlink()
         except OSError as error:
-            raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
+            raise HealthGPTError(f"{path} cannot be written: {error.strerror}.") from error
         self.done = {row["file"] for row in rows}
 
     def add(self, answers: dict[str, str]) -> None:
@@ -66,7 +70,7 @@ class AnswerTable:
             text = codecs.getincrementaldecoder("utf-8")().decode(content)  # but for a character that was cut off
             rows, length = (parse_csv if self.is_csv else parse_json_lines)(text)
         except (csv.Error, ValueError) as error:
-            raise ValueError(
+            raise HealthGPTError(
                 f"{self.path} holds something else than answers about a folder: choose another file."
             ) from error
         return rows, len(text[:length].encode())
@@ -74,7 +78,7 @@ class AnswerTable:
     def _require_settings(self, row: dict[str, str]) -> None:
         for name, value in self.settings.items():
             if row[name] != value:
-                raise ValueError(
+                raise HealthGPTError(
                     f"{self.path} has answers with another {name}, {row[name]!r}: choose another file, or remove it."
                 )
 
@@ -84,7 +88,7 @@ def require_utf8(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{text!r} is not UTF-8, as everything in a table of answers is.") from error
+        raise HealthGPTError(f"{text!r} is not UTF-8, as everything in a table of answers is.") from error
 
 
 def to_csv(rows: list[list[str]]) -> str:
@@ -106,7 +110,7 @@ def parse_csv(text: str) -> tuple[list[dict[str, str]], int]:
         if str(error) != "unexpected end of data":
             raise
     if values[:1] != [FIELDS] and not to_csv([FIELDS]).startswith(text):
-        raise ValueError("The first row is another.")
+        raise HealthGPTError("The first row is another.")
     rows = [dict(zip(FIELDS, row, strict=True)) for row in values[1:]]
     return rows, length if rows else 0  # the header is written with the first row
 
@@ -118,8 +122,8 @@ def parse_json_lines(text: str) -> tuple[list[dict[str, str]], int]:
     for row in rows:
         is_row = isinstance(row, dict) and list(row) == FIELDS
         if not is_row or not all(isinstance(value, str) for value in row.values()):
-            raise ValueError("A line is no row.")
+            raise HealthGPTError("A line is no row.")
     without_values = re.sub(r'(": ")(?:[^"\\]|\\.?)*', r"\1", cut_off)
     if not json.dumps(dict.fromkeys(FIELDS, "")).startswith(without_values):
-        raise ValueError("The last line is not the beginning of a row.")
+        raise HealthGPTError("The last line is not the beginning of a row.")
     return rows, len(text) - len(cut_off)

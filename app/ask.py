@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..conversations import answer_batch, conversation, prepare
+from ..errors_healthgpt import HealthGPTError
 from .answers import AnswerTable, require_utf8
 from .common import (
     NANO,
@@ -61,14 +62,16 @@ def ask(
     paths, question = split_arguments(arguments)
     for path in paths:
         if not os.path.exists(path):
-            raise ValueError(f"There is no picture file {str(path)!r}, and no folder of this name.")
+            raise HealthGPTError(f"There is no picture file {str(path)!r}, and no folder of this name.")
     folders = [path for path in paths if path.is_dir()]
     if folders and len(paths) > 1:
-        raise ValueError("A folder is asked about alone: name no other pictures with it.")
+        raise HealthGPTError("A folder is asked about alone: name no other pictures with it.")
     if folders and output is None:
-        raise ValueError(f"{folders[0]} is a folder: name a file for the answers, -o answers.csv or -o answers.jsonl.")
+        raise HealthGPTError(
+            f"{folders[0]} is a folder: name a file for the answers, -o answers.csv or -o answers.jsonl."
+        )
     if not folders and output is not None:
-        raise ValueError("--output is for the answers about a folder; one answer is printed.")
+        raise HealthGPTError("--output is for the answers about a folder; one answer is printed.")
     options = {"task": task, "max_new_tokens": max_new_tokens}
     if folders:
         settings = {
@@ -90,7 +93,7 @@ def ask(
         for name, reason in left_out.items():
             typer.echo(f"Left out {name}: {reason}", err=True)
         if not table.done:
-            raise ValueError(f"{folders[0]} has no picture that can be asked about.")
+            raise HealthGPTError(f"{folders[0]} has no picture that can be asked about.")
         rows, new = len(table.done), len(table.done) - known
         content = {"output": str(output), "rows": rows, "new": new, "left_out": left_out}
         print_result(as_json, f"{output} ({rows} answers, {new} of them new)", content)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors_healthgpt import HealthGPTError
 from .common import NANO, AsJson, Checkpoint, print_json, require_checkpoint, working
 
 
@@ -40,7 +41,7 @@ def bench(
     Example: healthgpt bench -c HealthGPT-M3 --precisions float32,4bit --cpu-memory 12GB --json
     """
     if cpu_memory is not None and not re.fullmatch(r"\d+(\.\d+)?(GB|MB)", cpu_memory):
-        raise ValueError(f"--cpu-memory is a size such as 12GB or 500MB, not {cpu_memory!r}.")
+        raise HealthGPTError(f"--cpu-memory is a size such as 12GB or 500MB, not {cpu_memory!r}.")
     require_checkpoint(checkpoint)
     shown = "nano" if checkpoint == NANO else checkpoint
     with working("Reading the checkpoint"):
@@ -54,14 +55,14 @@ def bench(
         names = precisions.split(",")
         for name in names:
             if name not in PRECISIONS:
-                raise ValueError(f"There is no precision {name!r}; choose from {', '.join(PRECISIONS)}.")
+                raise HealthGPTError(f"There is no precision {name!r}; choose from {', '.join(PRECISIONS)}.")
         folder = checkpoint if Path(checkpoint).is_dir() else snapshot_download(checkpoint)
         config = HealthGPTConfig.from_pretrained(folder)
         kinds = {task.kind for task in config.tasks.values()}
         if "text" not in kinds:
-            raise ValueError(f"{checkpoint} has no task that answers in words, by which precisions are compared.")
+            raise HealthGPTError(f"{checkpoint} has no task that answers in words, by which precisions are compared.")
         if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(f"{checkpoint} is quantised already: name the checkpoint that it was made from.")
+            raise HealthGPTError(f"{checkpoint} is quantised already: name the checkpoint that it was made from.")
         # What is missing is said now, not when its turn comes.
         for needed, module in (
             ("image" in kinds, "healthgpt.evaluation"),

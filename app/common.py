@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..errors_healthgpt import HealthGPTError
+
 # Packages that only some commands need, and the extra that brings them.
 EXTRA_OF = {"accelerate": "train", "datasets": "train", "tensorboard": "train", "sentencepiece": "export"}
 EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval", "pydicom": "dicom", "nibabel": "dicom"}
@@ -65,7 +67,7 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
         name for name in (method, "accelerate") if method in EXTRA_OF and importlib.util.find_spec(name) is None
     ]
     if lacking:
-        raise ValueError(
+        raise HealthGPTError(
             f"{checkpoint} is quantised, and loading it needs {' and '.join(lacking)}: "
             f"pip install healthgpt[{EXTRA_OF[method]}]."
         )
@@ -74,7 +76,7 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
             "No checkpoint named (-c): this is the small demonstration model, worthless for medicine.", err=True
         )
     if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f"There is no dtype {dtype!r}; choose one of float32, bfloat16, float16.")
+        raise HealthGPTError(f"There is no dtype {dtype!r}; choose one of float32, bfloat16, float16.")
     with working("Loading the model"):
         import torch
         from safetensors import SafetensorError
@@ -87,21 +89,21 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).split("\n")[0]
-            raise ValueError(f"The device {device!r} cannot be used here: {reason}.") from error
+            raise HealthGPTError(f"The device {device!r} cannot be used here: {reason}.") from error
     if not Console(stderr=True).is_terminal:
         logging.disable_progress_bar()  # transformers' own, of downloads and weights
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     try:
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype or "auto")
     except SafetensorError as error:
-        raise ValueError(f"The weights of {checkpoint} are damaged: {error}.") from error
+        raise HealthGPTError(f"The weights of {checkpoint} are damaged: {error}.") from error
     return model.to(device), processor
 
 
 def require_file(path: Path) -> None:
     """Refuses a file of samples that is none, before anything takes long."""
     if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
+        raise HealthGPTError(f"There is no file {path}.")
 
 
 def read(path: Path, model, processor, task: str | None, otherwise: str | None = None):
@@ -113,7 +115,7 @@ def read(path: Path, model, processor, task: str | None, otherwise: str | None =
         advance = functools.partial(progress.advance, bar)
         samples = read_samples(path, model.config, processor, task or otherwise, advance)
     if task is not None and task not in samples["task"]:
-        raise ValueError(f"No line of {path} has the task {task!r}: name it there, or leave the field task out.")
+        raise HealthGPTError(f"No line of {path} has the task {task!r}: name it there, or leave the field task out.")
     return samples
 
 
@@ -123,15 +125,17 @@ def require_checkpoint(checkpoint: str) -> dict:
     of other models.
     """
     if not Path(checkpoint).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
-        raise ValueError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
+        raise HealthGPTError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
     from transformers import PreTrainedConfig
 
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
-        raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
+        raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
     config = PreTrainedConfig.get_config_dict(checkpoint)[0]
     model_type = config.get("model_type")
     if model_type != "healthgpt":
-        raise ValueError(f"{checkpoint} is no HealthGPT checkpoint: its config.json is that of a {model_type} model.")
+        raise HealthGPTError(
+            f"{checkpoint} is no HealthGPT checkpoint: its config.json is that of a {model_type} model."
+        )
     return config
 
 
@@ -148,17 +152,17 @@ def require_kind(model, task: str, kind: str) -> None:
     if task not in tasks or tasks[task].kind != kind:
         able = ", ".join(name for name, settings in tasks.items() if settings.kind == kind) or "none"
         verb = "answers in words" if kind == "text" else "draws"
-        raise ValueError(f"This checkpoint has no task {task!r} that {verb}; those that do: {able}.")
+        raise HealthGPTError(f"This checkpoint has no task {task!r} that {verb}; those that do: {able}.")
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[Path], str]:
     """Paths and text from the arguments of `ask`, `draw` and `explain`."""
     *paths, text = arguments
     if not text.strip():
-        raise ValueError("The last argument, a question or instruction, is empty.")
+        raise HealthGPTError("The last argument, a question or instruction, is empty.")
     if os.path.exists(text):
         kind = "folder" if os.path.isdir(text) else "file"
-        raise ValueError(
+        raise HealthGPTError(
             f"The last argument is the text, but {text!r} is a {kind}: add a question or instruction after it."
         )
     return [Path(path) for path in paths], text

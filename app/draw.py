@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..conversations import conversation, prepare
+from ..errors_healthgpt import HealthGPTError
 from .common import (
     NANO,
     AsJson,
@@ -61,13 +62,15 @@ def draw(
         from PIL import Image
 
     if sheet is not None and sheet.resolve() == output.resolve():
-        raise ValueError(f"--sheet and --output are the same file, {output}: name two.")
+        raise HealthGPTError(f"--sheet and --output are the same file, {output}: name two.")
     paths, instruction = split_arguments(arguments)
     for path in (output, sheet):
         if path is not None and path.resolve() in [given.resolve() for given in paths]:
-            raise ValueError(f"{path} is one of the pictures given, which would be lost: name another file to write.")
+            raise HealthGPTError(
+                f"{path} is one of the pictures given, which would be lost: name another file to write."
+            )
     if keep_aspect_ratio and len(paths) != 1:
-        raise ValueError(f"--keep-aspect-ratio needs one picture whose size to take, and {len(paths)} are given.")
+        raise HealthGPTError(f"--keep-aspect-ratio needs one picture whose size to take, and {len(paths)} are given.")
     pictures = open_all(paths, frame)
     require_picture_path(output, *(picture.size for picture in pictures if keep_aspect_ratio))
     if sheet is not None:
@@ -106,18 +109,18 @@ def require_picture_path(path: Path, size: tuple[int, int] = (16, 16)) -> None:
     try:
         Image.new("RGB", size).save(io.BytesIO(), name or "")
     except (KeyError, OSError, ValueError) as error:
-        raise ValueError(
+        raise HealthGPTError(
             f"{path} has no ending of a picture format that Pillow writes in this size, such as .png, .jpg or .tif."
         ) from error
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the picture in it.")
+        raise HealthGPTError(f"{path} is a folder: name the picture in it.")
     if not path.parent.is_dir():
-        raise ValueError(f"The folder {path.parent} does not exist.")
+        raise HealthGPTError(f"The folder {path.parent} does not exist.")
     try:
         unfinished(path).touch()
         unfinished(path).unlink()
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
+        raise HealthGPTError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def unfinished(path: Path) -> Path:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors_healthgpt import HealthGPTError
 from .common import (
     AsJson,
     Device,
@@ -78,7 +79,7 @@ def answers(
         with working("Reading the questions"):
             items = list(itertools.islice(read_benchmark(benchmark, data, split), limit))
     elif split is not None:
-        raise ValueError("--split is for benchmarks that have splits; samples are one file.")
+        raise HealthGPTError("--split is for benchmarks that have splits; samples are one file.")
     else:
         require_file(data)
     settings = {"checkpoint": checkpoint, "benchmark": benchmark, "data": str(data), "split": split, "task": task}
@@ -91,7 +92,7 @@ def answers(
         settings["pictures_state"] = state_of_files(pictures_of(samples))
         items = items_of(samples)[:limit]
     if not items:
-        raise ValueError(f"{data} has no questions.")
+        raise HealthGPTError(f"{data} has no questions.")
     records = Records(output, settings)
     with bars() as progress:
         bar = progress.add_task("Answering", total=len(items))
@@ -168,7 +169,7 @@ def draw(
     settings["pictures_state"] = state_of_files(pictures_of(samples))
     samples = [sample for sample in samples if sample["target_image"] is not None][:limit]
     if not samples:
-        raise ValueError(f"{data} has no samples with a target_image.")
+        raise HealthGPTError(f"{data} has no samples with a target_image.")
     records = Records(output, settings)
     with bars() as progress:
         bar = progress.add_task("Drawing", total=len(samples))
@@ -199,7 +200,7 @@ def pictures(
 
         measure = load_lpips() if lpips else None
     if output.resolve() in (drawn.resolve(), true.resolve()):
-        raise ValueError(f"{output} holds the pictures: name another folder for the tables.")
+        raise HealthGPTError(f"{output} holds the pictures: name another folder for the tables.")
     pairs = pair_folders(drawn, true)
     settings = {"drawn": str(drawn), "true": str(true)}
     settings["pictures_state"] = state_of_files(path for pair in pairs for path in pair)
@@ -226,7 +227,7 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips, as_json:
             elif true.size != drawn.size:
                 left, right = paths
                 sizes = (f"{picture.width} x {picture.height} pixels" for picture in (drawn, true))
-                raise ValueError(f"{left} has {next(sizes)} and {right} {next(sizes)}: they cannot be compared.")
+                raise HealthGPTError(f"{left} has {next(sizes)} and {right} {next(sizes)}: they cannot be compared.")
             score = compare_pictures(drawn, true)
             scores.append(score if lpips is None else score | {"LPIPS": lpips(drawn, true)})
     begin(output, settings)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..conversations import conversation, prepare
+from ..errors_healthgpt import HealthGPTError
 from .common import (
     NANO,
     AnswerTask,
@@ -48,9 +49,9 @@ def explain(
         from ..explain.plots import as_picture, plot_inside
 
     if output.is_file():
-        raise ValueError(f"{output} is a file: name a folder for the figures.")
+        raise HealthGPTError(f"{output} is a file: name a folder for the figures.")
     if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"The folder {output} is not empty: name a new or empty one for the figures.")
+        raise HealthGPTError(f"The folder {output} is not empty: name a new or empty one for the figures.")
     paths, question = split_arguments(arguments)
     pictures = open_all(paths, frame)
     output.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from ..errors_healthgpt import HealthGPTError
 from .common import AsJson, count_parameters, on_terminal, print_json, print_result, working
 
 plugins = typer.Typer(
@@ -91,14 +92,14 @@ def export(
     named = {name: value for name, value in named.items() if value is not None}
     if preset is not None:
         if preset not in PRESETS:
-            raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+            raise HealthGPTError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
         named = PRESETS[preset].sources | named
     missing = [f"--{name}" for name in ("base", "vision") if name not in named]
     if missing:
-        raise ValueError(f"The export needs {' and '.join(missing)}, or a --preset that names them.")
+        raise HealthGPTError(f"The export needs {' and '.join(missing)}, or a --preset that names them.")
     sources = ExportSources(**named)
     if push_to_hub is None and (public or create_pr):
-        raise ValueError("--public and --create-pr go with --push-to-hub.")
+        raise HealthGPTError("--public and --create-pr go with --push-to-hub.")
     if push_to_hub is not None:
         require_repository(push_to_hub)
     if dry_run:

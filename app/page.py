@@ -11,6 +11,7 @@ from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from ..errors_healthgpt import HealthGPTError
 from ..medical import open_picture
 from ..phantoms.demo import ASKED
 from ..phantoms.samples import INSTRUCTIONS, comprehension_sample, drawing_sample
@@ -58,7 +59,7 @@ def one_sentence():
 def sampling(sample: bool, temperature: float, top_p: float, seed: int | None) -> dict:
     """Options of a `Runner` for the values of `sampling_controls`."""
     if sample and seed is None:
-        raise ValueError("Sampling needs a seed, but the field is empty: give a whole number.")
+        raise HealthGPTError("Sampling needs a seed, but the field is empty: give a whole number.")
     return {"temperature": temperature, "top_p": top_p, "seed": seed} if sample else {}
 
 
@@ -69,7 +70,7 @@ def frame_number(text: str) -> int | None:
     try:
         return int(text)
     except ValueError as error:
-        raise ValueError(f"The frame is a whole number from 0, and not {text!r}.") from error
+        raise HealthGPTError(f"The frame is a whole number from 0, and not {text!r}.") from error
 
 
 class Handlers:
@@ -90,7 +91,7 @@ class Handlers:
         try:
             return load_picture(open_picture(path, frame), self.image_size)
         except (ValueError, OSError) as error:
-            raise ValueError(str(error).replace(path, Path(path).name)) from error
+            raise HealthGPTError(str(error).replace(path, Path(path).name)) from error
 
     def message(self, shown: dict) -> dict:
         """A message to the model of one that the chat shows, in which pictures are files."""
@@ -124,7 +125,7 @@ class Handlers:
         """Figures of what the last answer rests on."""
         with one_sentence():
             if not history or answered is None:  # a token of an answer may come after its chat was cleared
-                raise ValueError("There is no answer to look inside yet: ask a question first.")
+                raise HealthGPTError("There is no answer to look inside yet: ask a question first.")
             task, ids = answered
             return self.runner.explain([self.message(shown) for shown in history[:-1]], ids, task)
 

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from ..conversations import prepare
+from ..errors_healthgpt import HealthGPTError
 
 
 class Watcher(StoppingCriteria):
@@ -37,7 +38,7 @@ class Runner:
     One model for several people: it generates for one at a time, in a thread of its own.
 
     An iterator that is closed before its end, as the page does when somebody stops or leaves, ends its generation after the
-    token that is being written. Whatever is asked of a closed runner raises a `ValueError`.
+    token that is being written. Whatever is asked of a closed runner raises a `HealthGPTError`.
 
     Args:
         model (`HealthGPTForConditionalGeneration`): The model.
@@ -68,7 +69,7 @@ class Runner:
             options: Of `generate`: `max_new_tokens`, `temperature`, ...
 
         Raises:
-            ValueError: if `apply_chat_template` or `generate` refuse the conversation, or the runner is closed.
+            HealthGPTError: if `apply_chat_template` or `generate` refuse the conversation, or the runner is closed.
         """
         inputs = prepare(self.processor, messages, task).to(self.model.device)
         for sequences in self._watch(inputs, task, seed, options):
@@ -88,7 +89,7 @@ class Runner:
             task (`str`): A task that draws.
 
         Raises:
-            ValueError: as `answer`.
+            HealthGPTError: as `answer`.
         """
         inputs = prepare(self.processor, messages, task).to(self.model.device)
         grid = self.model.config.vqgan_config.grid_size
@@ -117,7 +118,7 @@ class Runner:
 
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
-            ValueError: as `answer`.
+            HealthGPTError: as `answer`.
         """
         from ..explain import look_inside
         from ..explain.plots import as_picture, plot_inside
@@ -133,7 +134,7 @@ class Runner:
 
     def _submit(self, function: Callable) -> Future:
         """Has the model's thread call a function in its turn, unless the runner is closed before the function has ended."""
-        ended = ValueError("The server is being ended.")
+        ended = HealthGPTError("The server is being ended.")
 
         def call():
             result = None if self.closed.is_set() else function()

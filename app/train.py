@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors_healthgpt import HealthGPTError
 from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, read, require_file, working
 
 # What may change when a run goes on: it may be longer, keep other checkpoints, and run on other hardware.
@@ -92,9 +93,9 @@ def train(
     for path in filter(None, (data, eval_data)):
         require_file(path)
     if not 0 < epochs < math.inf:
-        raise ValueError(f"--epochs is a number above 0, not {epochs}.")
+        raise HealthGPTError(f"--epochs is a number above 0, not {epochs}.")
     if stage not in STAGES:
-        raise ValueError(f"There is no stage {stage!r}; choose one of {', '.join(STAGES)}.")
+        raise HealthGPTError(f"There is no stage {stage!r}; choose one of {', '.join(STAGES)}.")
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in context.params.items()
@@ -105,9 +106,9 @@ def train(
         if settings[name] is not None:
             settings[f"{name}_state"] = state_of(settings[name])
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not an empty folder; --resume goes on with the run in it.")
+        raise HealthGPTError(f"{output} exists and is not an empty folder; --resume goes on with the run in it.")
     if resume and not (output / RUN_NAME).is_file():
-        raise ValueError(f"{output} holds no run that could go on: start one without --resume.")
+        raise HealthGPTError(f"{output} holds no run that could go on: start one without --resume.")
     if resume:
         require_same(output, settings)
     model, processor = load(checkpoint, device, dtype)
@@ -117,7 +118,7 @@ def train(
         chosen = {"kind": kind, "rank": rank, "num_experts": experts, "alpha": alpha}
         add_task(model, processor, task, new_settings(tasks, task, init_from, chosen), init_from)
     elif any(option is not None for option in (kind, init_from, rank, experts, alpha)):
-        raise ValueError("--kind, --init-from, --rank, --experts and --alpha are for a --task that is new.")
+        raise HealthGPTError("--kind, --init-from, --rank, --experts and --alpha are for a --task that is new.")
 
     kinds = {name: known.kind for name, known in tasks.items()}
     samples = read(data, model, processor, task)
@@ -129,7 +130,7 @@ def train(
         require_same(output, settings)  # with the pictures, before anything takes long
     trained = sorted(set(samples["task"]))
     if stage != "fusion" and len({kinds[name] for name in trained}) > 1:
-        raise ValueError(
+        raise HealthGPTError(
             f"{data} has tasks of both kinds, {', '.join(trained)}; this stage trains one kind at a time."
         )
     recipe = changed(recipe_of(stage, kinds[trained[0]], model.config), batch_size, learning_rate, dropout)
@@ -157,7 +158,7 @@ def train(
         **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
     )
     if arguments.n_gpu > 1:
-        raise ValueError(
+        raise HealthGPTError(
             f"One process trains on one GPU and sees {arguments.n_gpu}: start torchrun --nproc-per-node {arguments.n_gpu} "
             "-m healthgpt train ..., or set CUDA_VISIBLE_DEVICES."
         )
@@ -214,16 +215,16 @@ def new_settings(tasks, name: str, init_from: str | None, chosen: dict) -> dict:
     """Settings of a new task: those of the one it starts from, or as the checkpoint's own or HealthGPT-M3's of its kind, and what was chosen."""
     chosen = {key: value for key, value in chosen.items() if value is not None}
     if init_from is not None and init_from not in tasks:
-        raise ValueError(f"There is no task {init_from!r} to start from; there are {', '.join(tasks)}.")
+        raise HealthGPTError(f"There is no task {init_from!r} to start from; there are {', '.join(tasks)}.")
     if init_from is not None:
         settings = asdict(tasks[init_from])
         if chosen.get("kind", settings["kind"]) != settings["kind"]:
-            raise ValueError(
+            raise HealthGPTError(
                 f"A task of the kind {chosen['kind']} cannot start from {init_from!r}, which is of the kind {settings['kind']}."
             )
         return settings | chosen
     if "kind" not in chosen:
-        raise ValueError(
+        raise HealthGPTError(
             f"Task {name!r} is new: say its --kind, text or image, or a task of this checkpoint to --init-from."
         )
     draws = chosen["kind"] == "image"

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors_healthgpt import HealthGPTError
 from .common import NANO, Checkpoint, Device, Dtype, load, working
 
 
@@ -52,6 +53,6 @@ def require_port(host: str, port: int) -> None:
         family = socket.getaddrinfo(host, port)[0][0]
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        raise ValueError(
+        raise HealthGPTError(
             f"Port {port} of {host} is taken, not permitted or not of this machine: choose others with --port and --host."
         ) from error

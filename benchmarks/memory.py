@@ -41,6 +41,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 from transformers.utils.logging import disable_progress_bar
 
 from ..conversations import conversation, prepare
+from ..errors_healthgpt import HealthGPTError
 from ..hub_export.quantize import BASE_WEIGHT
 from ..hub_export.sources import reading
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
@@ -120,7 +121,7 @@ def measure(
             disk, which is slow, but the numbers to compare with are right.
 
     Raises:
-        ValueError: if the checkpoint cannot be loaded in this precision, or memory runs out.
+        HealthGPTError: if the checkpoint cannot be loaded in this precision, or memory runs out.
     """
     answer = None if reference is None else reference.answer
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +134,7 @@ def measure(
                 checkpoint, settings = folder, {"device_map": {"": "cpu"}}
             return in_own_process(run, checkpoint, precision, settings, tokens, true_codes, answer)
         except BrokenProcessPool as error:
-            raise ValueError(
+            raise HealthGPTError(
                 f"The process that measured {precision} was killed, as happens when there is too little memory."
             ) from error
 

@@ -8,6 +8,7 @@ import torch
 from scipy.stats import binomtest
 
 from ..conversations import answer_batch
+from ..errors_healthgpt import HealthGPTError
 from ..processing_healthgpt import load_picture
 from .benchmarks import Item
 from .records import Records
@@ -40,13 +41,13 @@ def answer_items(
         `list[dict]`: For every item its `name`, `kind`, `group`, `question`, `truth`, `answer`, `right` and `recall`.
 
     Raises:
-        ValueError: if there are no questions, or two of one name.
+        HealthGPTError: if there are no questions, or two of one name.
     """
     if not items:
-        raise ValueError("There are no questions to answer.")
+        raise HealthGPTError("There are no questions to answer.")
     names = Counter(item.name for item in items)
     if len(names) < len(items):
-        raise ValueError(f"Several questions have the name {names.most_common(1)[0][0]!r}.")
+        raise HealthGPTError(f"Several questions have the name {names.most_common(1)[0][0]!r}.")
     progress(sum(name in records.done for name in names))
     left = [item for item in items if item.name not in records.done]
     for start in range(0, len(left), batch_size):
@@ -62,7 +63,7 @@ def open_pictures(item: Item, processor) -> list:
     try:
         return [load_picture(picture, processor.image_size) for picture in item.pictures()]
     except (ValueError, OSError) as error:  # Pillow's own, of pictures in tables
-        raise ValueError(f"Question {item.name}: {error}") from error
+        raise HealthGPTError(f"Question {item.name}: {error}") from error
 
 
 def score(item: Item, answer: str) -> dict:

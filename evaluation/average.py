@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors_healthgpt import HealthGPTError
 from ..hub_export.families import read_json
 from ..hub_export.presets import PRESETS
 from ..hub_export.sources import reading
@@ -29,7 +30,7 @@ def average_runs(folders: list[Path]) -> tuple[dict[str, dict], dict]:
         benchmark are drawn again a thousand times, from a fixed seed.
 
     Raises:
-        ValueError: if a run is not finished, of no benchmark or only a part of it, there twice, lacking or of another checkpoint.
+        HealthGPTError: if a run is not finished, of no benchmark or only a part of it, there twice, lacking or of another checkpoint.
     """
     runs, folder_of, answers, common = {}, {}, {}, []
     for folder in folders:
@@ -37,9 +38,9 @@ def average_runs(folders: list[Path]) -> tuple[dict[str, dict], dict]:
             content = read_json(folder / RESULTS_NAME)
             name = str(content["benchmark"])
         if name not in BENCHMARKS:
-            raise ValueError(f"{folder} is a run of {name!r}; the average is over {', '.join(BENCHMARKS)}.")
+            raise HealthGPTError(f"{folder} is a run of {name!r}; the average is over {', '.join(BENCHMARKS)}.")
         if name in runs:
-            raise ValueError(f"{folder_of[name]} and {folder} are both runs of {name}.")
+            raise HealthGPTError(f"{folder_of[name]} and {folder} are both runs of {name}.")
         with reading(folder / RESULTS_NAME):
             common.append({key: content[key] for key in ("checkpoint", "checkpoint_state", "dtype", "task")})
             limit, split = content["limit"], content["split"]
@@ -49,21 +50,21 @@ def average_runs(folders: list[Path]) -> tuple[dict[str, dict], dict]:
             }
             count = runs[name]["all"]["count"]
         if limit is not None or split not in (None, DEFAULT_SPLITS.get(name, "test")):
-            raise ValueError(
+            raise HealthGPTError(
                 f"{folder} is no run of the whole {name}: it has the limit {limit} and the split {split}."
             )
         folder_of[name], answers[name] = folder, read_answers(folder)
         if sum(map(len, answers[name].values())) != count:
-            raise ValueError(f"The records of {folder} are not those of its {count} questions.")
+            raise HealthGPTError(f"The records of {folder} are not those of its {count} questions.")
     lacking = [name for name in BENCHMARKS if name not in runs]
     if lacking:
-        raise ValueError(f"The average is over {', '.join(BENCHMARKS)}: there is no run of {', '.join(lacking)}.")
+        raise HealthGPTError(f"The average is over {', '.join(BENCHMARKS)}: there is no run of {', '.join(lacking)}.")
     if any(facts != common[0] for facts in common):
-        raise ValueError(f"The runs are not of one task of one checkpoint in one precision: {json.dumps(common)}.")
+        raise HealthGPTError(f"The runs are not of one task of one checkpoint in one precision: {json.dumps(common)}.")
     summary = {}
     for name, metric in FIGURES:
         if metric not in runs[name]:
-            raise ValueError(f"{folder_of[name]} has no {metric} questions of {name}.")
+            raise HealthGPTError(f"{folder_of[name]} has no {metric} questions of {name}.")
         summary[f"{name} {metric}"] = runs[name][metric]
     values = torch.tensor(resampled_means(answers), dtype=torch.float64)
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

@@ -24,6 +24,7 @@ from typing import Any
 
 from datasets import Dataset, Image, load_dataset
 
+from ..errors_healthgpt import HealthGPTError
 from ..hub_export.sources import reading
 from ..medical import open_picture
 from .scoring import is_closed
@@ -67,7 +68,7 @@ class Item:
 
     def __post_init__(self):
         if self.kind not in KINDS or not all(isinstance(text, str) for text in (self.question, self.truth)):
-            raise ValueError(
+            raise HealthGPTError(
                 f"Question {self.name} needs a text as its question and as its answer, and the kind {' or '.join(KINDS)}, got "
                 f"{self.question!r}, {self.truth!r} and {self.kind!r}."
             )
@@ -84,20 +85,22 @@ def read_benchmark(name: str, path: Path, split: str | None = None) -> Iterator[
             `"validation"` of MMMU and `"test"` of the others.
 
     Raises:
-        ValueError: if there is no such benchmark or the copy has another form.
+        HealthGPTError: if there is no such benchmark or the copy has another form.
     """
     if name not in BENCHMARKS:
-        raise ValueError(
+        raise HealthGPTError(
             f"There is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}, or samples of your own."
         )
     if not path.exists():
-        raise ValueError(f"{path} does not exist.")
+        raise HealthGPTError(f"{path} does not exist.")
     try:
         yield from BENCHMARKS[name](path, split or DEFAULT_SPLITS.get(name, "test"))
     except KeyError as error:
-        raise ValueError(f"{path} does not have the form of {name}: a question lacks the entry {error}.") from error
+        raise HealthGPTError(
+            f"{path} does not have the form of {name}: a question lacks the entry {error}."
+        ) from error
     except FileNotFoundError as error:
-        raise ValueError(f"{path} does not have the form of {name}: {error} is missing.") from error
+        raise HealthGPTError(f"{path} does not have the form of {name}: {error} is missing.") from error
 
 
 def closed_or_open(answer: str) -> str:
@@ -112,7 +115,7 @@ def parquet(folder: Path, split: str) -> Dataset:
         rows = load_dataset("parquet", data_files=files, split="train")
     for column, feature in rows.features.items():
         if re.fullmatch(r"image(_\d)?", column) and not isinstance(feature, Image):
-            raise ValueError(f"The column {column} of {folder} holds no pictures.")
+            raise HealthGPTError(f"The column {column} of {folder} holds no pictures.")
     return rows
 
 
@@ -136,7 +139,7 @@ def open_all(paths: list[Path]) -> list:
 def existing(path: Path, name: str) -> Path:
     """The path of a question's picture, which is opened much later."""
     if not path.is_file():
-        raise ValueError(f"{path}, the picture of question {name}, does not exist.")
+        raise HealthGPTError(f"{path}, the picture of question {name}, does not exist.")
     return path
 
 
@@ -147,9 +150,9 @@ def objects(file: Path) -> list[dict]:
     try:
         rows = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}.") from error
+        raise HealthGPTError(f"{file} is no JSON: {error}.") from error
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
-        raise ValueError(f"{file} is no list of objects.")
+        raise HealthGPTError(f"{file} is no list of objects.")
     return rows
 
 
@@ -169,7 +172,9 @@ def read_mmmu(path: Path, split: str) -> Iterator[Item]:
         columns = [f"image_{number}" for number in range(1, 8) if f"image_{number}" in rows.column_names]
         for number, row in enumerate(rows.select_columns(["id", "question", "options", "answer"])):
             if row["answer"] == "?":
-                raise ValueError(f"The answers of MMMU's split {split!r} are not public: take the split validation.")
+                raise HealthGPTError(
+                    f"The answers of MMMU's split {split!r} are not public: take the split validation."
+                )
             pictures = partial(pictures_of, rows, number, columns)
             question, *options = (
                 re.sub(r"<image (\d)>", r"(picture \1)", text)
@@ -191,7 +196,7 @@ def read_omnimedvqa(path: Path, split: str) -> Iterator[Item]:
         for row in objects(file):
             options = [row[f"option_{letter}"] for letter in "ABCD" if row.get(f"option_{letter}")]
             if row["gt_answer"] not in options:
-                raise ValueError(f"{row['question_id']} in {file} has an answer that is none of its options.")
+                raise HealthGPTError(f"{row['question_id']} in {file} has an answer that is none of its options.")
             picture = existing(path / row["image_path"], row["question_id"])
             truth, pictures = options.index(row["gt_answer"]), partial(open_all, [picture])
             name = f"{file.stem} {row['question_id']}"

@@ -8,6 +8,7 @@ from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from ..conversations import conversation, prepare
+from ..errors_healthgpt import HealthGPTError
 from ..medical import open_picture
 from .answers import mean_of
 from .records import Records
@@ -23,22 +24,24 @@ def pair_folders(drawn: Path, true: Path) -> list[tuple[Path, Path]]:
     Pairs the files of two folders, all but hidden ones, by their names without endings.
 
     Raises:
-        ValueError: if a picture has no partner or two, or a folder has none.
+        HealthGPTError: if a picture has no partner or two, or a folder has none.
     """
     found = []
     for folder in (drawn, true):
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder.")
+            raise HealthGPTError(f"{folder} is no folder.")
         paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
         if not paths:
-            raise ValueError(f"{folder} has no pictures.")
+            raise HealthGPTError(f"{folder} has no pictures.")
         found.append({stem_of(path): path for path in paths})
         if len(found[-1]) < len(paths):
             name = next(stem_of(path) for path in paths if path not in found[-1].values())
-            raise ValueError(f"{folder} cannot be paired by names: two pictures are named {name!r}.")
+            raise HealthGPTError(f"{folder} cannot be paired by names: two pictures are named {name!r}.")
     alone = found[0].keys() ^ found[1].keys()
     if alone:
-        raise ValueError(f"{drawn} and {true} are no paired folders: {sorted(alone)[0]!r} lies in only one of them.")
+        raise HealthGPTError(
+            f"{drawn} and {true} are no paired folders: {sorted(alone)[0]!r} lies in only one of them."
+        )
     return [(found[0][name], found[1][name]) for name in sorted(found[0])]
 
 
@@ -57,15 +60,15 @@ def compare_pictures(drawn, true) -> dict[str, float]:
         drawn, true (`PIL.Image.Image`): Pictures of one size.
 
     Raises:
-        ValueError: if their sizes differ, or they are smaller than the window of SSIM, 11 x 11 pixels.
+        HealthGPTError: if their sizes differ, or they are smaller than the window of SSIM, 11 x 11 pixels.
     """
     if drawn.size != true.size:
-        raise ValueError(
+        raise HealthGPTError(
             f"The drawn picture has {drawn.width} x {drawn.height} pixels and the true one {true.width} x {true.height}: they "
             "cannot be compared."
         )
     if min(drawn.size) < WINDOW:
-        raise ValueError(
+        raise HealthGPTError(
             f"SSIM compares windows of {WINDOW} x {WINDOW} pixels, and the pictures have {drawn.size[0]} x {drawn.size[1]}."
         )
     drawn, true = np.asarray(drawn.convert("RGB")), np.asarray(true.convert("RGB"))
@@ -82,20 +85,22 @@ def load_lpips() -> Callable:
     LPIPS (Zhang et al. 2018) of torchmetrics with AlexNet, as a function of two PIL pictures of at least 31 x 31 pixels, in percent.
 
     Raises:
-        ValueError: if torchvision, whose AlexNet it needs, is not installed.
+        HealthGPTError: if torchvision, whose AlexNet it needs, is not installed.
     """
     import torch
     from torchmetrics.utilities.imports import _TORCHVISION_AVAILABLE
 
     if not _TORCHVISION_AVAILABLE:
-        raise ValueError("LPIPS needs torchvision, whose AlexNet it compares pictures with: pip install torchvision.")
+        raise HealthGPTError(
+            "LPIPS needs torchvision, whose AlexNet it compares pictures with: pip install torchvision."
+        )
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
 
     def lpips(drawn, true):
         if min(drawn.size) < SMALLEST_LPIPS:
-            raise ValueError(
+            raise HealthGPTError(
                 f"LPIPS's AlexNet needs pictures of at least {SMALLEST_LPIPS} x {SMALLEST_LPIPS} pixels, and these have "
                 f"{drawn.size[0]} x {drawn.size[1]}."
             )

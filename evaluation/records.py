@@ -18,7 +18,7 @@ class Records:
         settings (`dict`): What makes this run differ from others.
 
     Raises:
-        ValueError: if the folder holds a run of other settings, or its files are damaged.
+        HealthGPTError: if the folder holds a run of other settings, or its files are damaged.
     """
 
     def __init__(self, folder: Path, settings: dict):

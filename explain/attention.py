@@ -2,6 +2,7 @@
 
 import torch
 
+from ..errors_healthgpt import HealthGPTError
 from .rerun import rerun
 
 
@@ -33,12 +34,14 @@ def attention_over_pictures(
         of its attention that went to the picture. What follows the end of a shorter answer means nothing.
 
     Raises:
-        ValueError: if there is no picture, or `sequences` do not continue the prompts.
+        HealthGPTError: if there is no picture, or `sequences` do not continue the prompts.
     """
     input_ids = inputs["input_ids"]
     prompt_length = input_ids.shape[1]
     if inputs.get("pixel_values") is None:
-        raise ValueError("There is no picture whose attention could be looked at: the inputs have no pixel_values.")
+        raise HealthGPTError(
+            "There is no picture whose attention could be looked at: the inputs have no pixel_values."
+        )
     language_model = model.model.language_model
     layers = language_model.layers if layer is None else [language_model.layers[layer]]
     rows, columns = (input_ids == model.config.image_token_id).nonzero(as_tuple=True)

@@ -27,7 +27,7 @@ def look_inside(
         pictures.
 
     Raises:
-        ValueError: if `sequences` do not continue the prompts.
+        HealthGPTError: if `sequences` do not continue the prompts.
     """
     with trace_routing(model) as routing:
         if inputs.get("pixel_values") is not None:

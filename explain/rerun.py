@@ -2,6 +2,8 @@
 
 import torch
 
+from ..errors_healthgpt import HealthGPTError
+
 
 @torch.no_grad()
 def rerun(model, inputs, sequences: torch.LongTensor, task: str | list[str]) -> None:
@@ -16,16 +18,16 @@ def rerun(model, inputs, sequences: torch.LongTensor, task: str | list[str]) -> 
         task (`str` or `list[str]`): One name in `config.tasks`, or one per row.
 
     Raises:
-        ValueError: if `sequences` do not continue the prompts.
+        HealthGPTError: if `sequences` do not continue the prompts.
     """
     prompt_length = inputs["input_ids"].shape[1]
     if not torch.equal(sequences[:, :prompt_length], inputs["input_ids"]):
-        raise ValueError(
+        raise HealthGPTError(
             "The sequences do not start with the prompts of the inputs: give what generate returned, whole."
         )
     new_tokens = sequences.shape[1] - prompt_length
     if new_tokens == 0:
-        raise ValueError("The answer is empty: the sequences end where the prompts of the inputs do.")
+        raise HealthGPTError("The answer is empty: the sequences end where the prompts of the inputs do.")
     model(
         input_ids=sequences[:, :-1],
         pixel_values=inputs.get("pixel_values"),

@@ -60,6 +60,7 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent
 HUB_FILES = (
     "configuration_healthgpt.py",
+    "errors_healthgpt.py",
     "generation_healthgpt.py",
     "modeling_healthgpt.py",
     "pipeline_healthgpt.py",

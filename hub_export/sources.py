@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..errors_healthgpt import HealthGPTError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(HealthGPTError):
     """A source file that cannot be used; the message is one sentence that says why."""
 
 

@@ -14,6 +14,7 @@ from pydicom import Dataset, dcmread
 from pydicom.datadict import tag_for_keyword
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, get_decoder, pixel_array
 
+from ..errors_healthgpt import HealthGPTError
 from .greys import to_greys, value_range
 
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -68,7 +69,7 @@ class DicomFile:
         path (`Path`): A file of PS3.10, compressed or not.
 
     Raises:
-        ValueError: if it has no pixels, or pixels that cannot be decoded. No message quotes a value of a tag.
+        HealthGPTError: if it has no pixels, or pixels that cannot be decoded. No message quotes a value of a tag.
     """
 
     def __init__(self, path: Path):
@@ -82,9 +83,11 @@ class DicomFile:
         except Exception:
             # Of any type and cut from its cause: what pydicom raises for a damaged file is not of one kind, and its message may
             # quote a patient. The sentence below is all that may be said.
-            raise ValueError(f"{str(path)!r} is a DICOM file that cannot be read: it is damaged.") from None
+            raise HealthGPTError(f"{str(path)!r} is a DICOM file that cannot be read: it is damaged.") from None
         if not any(keyword in self.data for keyword in PIXELS):
-            raise ValueError(f"{str(path)!r} is a DICOM file without pixels: a report, a plan or a directory, say.")
+            raise HealthGPTError(
+                f"{str(path)!r} is a DICOM file without pixels: a report, a plan or a directory, say."
+            )
 
     @property
     def default_frame(self) -> int:
@@ -92,7 +95,7 @@ class DicomFile:
 
     def picture(self, frame: int) -> Image.Image:
         if self.photometric not in (*GREYS, *COLOURS, "PALETTE COLOR"):
-            raise ValueError(
+            raise HealthGPTError(
                 f"{str(self.path)!r} is a DICOM file of a photometric interpretation that cannot be shown; those that can: "
                 f"{', '.join((*GREYS, *COLOURS, 'PALETTE COLOR'))}."
             )
@@ -109,19 +112,21 @@ class DicomFile:
                 return Image.fromarray((values >> max(depth - 8, 0)).astype(np.uint8))
         except Exception:  # of any type and cut from its cause, as above: every decoder has types of its own
             reason = "it is damaged" + (f", or needs a decoder that is not installed: {missing}" if missing else "")
-            raise ValueError(f"{str(self.path)!r} is a DICOM file whose pixels cannot be decoded: {reason}.") from None
+            raise HealthGPTError(
+                f"{str(self.path)!r} is a DICOM file whose pixels cannot be decoded: {reason}."
+            ) from None
 
     def _missing_decoders(self) -> str:
         """What could be installed for the file's compression; refuses one that nothing installed reads."""
         try:
             decoder = get_decoder(self.syntax)
         except NotImplementedError:  # pydicom's answer to a compression that it does not know
-            raise ValueError(
+            raise HealthGPTError(
                 f"{str(self.path)!r} is compressed as {self.syntax.name}, which pydicom does not read."
             ) from None
         missing = "; ".join(decoder.missing_dependencies) if self.syntax.is_encapsulated else ""
         if not decoder.is_available:
-            raise ValueError(
+            raise HealthGPTError(
                 f"{str(self.path)!r} is compressed as {self.syntax.name}, and no decoder for it is installed; one suffices: "
                 f"{missing}."
             )

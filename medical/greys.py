@@ -2,17 +2,19 @@
 
 import numpy as np
 
+from ..errors_healthgpt import HealthGPTError
+
 
 def value_range(values: np.ndarray) -> tuple[float, float]:
     """
     The lowest and the highest finite value.
 
     Raises:
-        ValueError: if no value is finite.
+        HealthGPTError: if no value is finite.
     """
     finite = values[np.isfinite(values)]
     if finite.size == 0:
-        raise ValueError("none of its values is a finite number.")
+        raise HealthGPTError("none of its values is a finite number.")
     return float(finite.min()), float(finite.max())
 
 

@@ -10,6 +10,7 @@ from nibabel.orientations import OrientationError
 from nibabel.spatialimages import HeaderDataError
 from PIL import Image
 
+from ..errors_healthgpt import HealthGPTError
 from .greys import to_greys, value_range
 
 # What reading raises for a header or values that are damaged.
@@ -31,7 +32,7 @@ class NiftiFile:
         path (`Path`): A `.nii` or `.nii.gz` file.
 
     Raises:
-        ValueError: if it cannot be read, has neither three nor four dimensions, its affine gives an axis no direction, or its
+        HealthGPTError: if it cannot be read, has neither three nor four dimensions, its affine gives an axis no direction, or its
             values are no plain numbers.
     """
 
@@ -40,9 +41,9 @@ class NiftiFile:
         try:
             image = nibabel.load(path)
             if len(image.shape) not in (3, 4) or 0 in image.shape:
-                raise ValueError(f"its shape is {image.shape}, and three or four dimensions are needed.")
+                raise HealthGPTError(f"its shape is {image.shape}, and three or four dimensions are needed.")
             if image.get_data_dtype().kind not in "iuf":
-                raise ValueError("its voxels are colours or complex numbers.")
+                raise HealthGPTError("its voxels are colours or complex numbers.")
             self.volume = nibabel.as_closest_canonical(image.slicer[..., 0] if len(image.shape) == 4 else image)
         except (ImageFileError, HeaderDataError, *UNREADABLE) as error:
             raise self._unreadable(str(error)) from error
@@ -62,6 +63,6 @@ class NiftiFile:
         # (right, front) -> rows from front to back, columns from right to left
         return Image.fromarray(to_greys(values[::-1, ::-1, frame].T, low, high))
 
-    def _unreadable(self, reason: str) -> ValueError:
+    def _unreadable(self, reason: str) -> HealthGPTError:
         reason = " ".join(reason.split()).rstrip(".")
-        return ValueError(f"{str(self.path)!r} is not a NIfTI volume that can be read: {reason}.")
+        return HealthGPTError(f"{str(self.path)!r} is not a NIfTI volume that can be read: {reason}.")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..errors_healthgpt import HealthGPTError
 from ..processing_healthgpt import load_picture
 from .greys import to_greys, value_range
 
@@ -31,14 +32,14 @@ def open_picture(path: str | Path, frame: int | None = None) -> Image.Image:
         `PIL.Image.Image`: Of mode `L` or `RGB`, without metadata.
 
     Raises:
-        ValueError: if there is no such file or frame, or it is no picture that can be read.
+        HealthGPTError: if there is no such file or frame, or it is no picture that can be read.
         ModuleNotFoundError: if the file needs the extra `dicom`, which is not installed.
     """
     file = _open(Path(path))
     if frame is None:
         frame = file.default_frame
     elif not 0 <= frame < file.num_frames:
-        raise ValueError(
+        raise HealthGPTError(
             f"{path} has no frame {frame}: it has {file.num_frames}, numbered from 0 to {file.num_frames - 1}."
         )
     return file.picture(frame)
@@ -49,7 +50,7 @@ def count_frames(path: str | Path) -> int:
     Number of frames, slices or pages of a file.
 
     Raises:
-        ValueError, ModuleNotFoundError: As [`open_picture`].
+        HealthGPTError, ModuleNotFoundError: As [`open_picture`].
     """
     return _open(Path(path)).num_frames
 
@@ -57,13 +58,13 @@ def count_frames(path: str | Path) -> int:
 def _open(path: Path):
     try:
         if path.is_dir():
-            raise ValueError(f"{str(path)!r} is a folder, and not a picture file.")
+            raise HealthGPTError(f"{str(path)!r} is a folder, and not a picture file.")
         if not path.is_file():
-            raise ValueError(f"There is no picture file {str(path)!r}.")
+            raise HealthGPTError(f"There is no picture file {str(path)!r}.")
         with open(path, "rb") as file:
             preamble = file.read(132)
     except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+        raise HealthGPTError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     if path.name.lower().endswith((".nii", ".nii.gz")):
         from .nifti import NiftiFile
 
@@ -111,4 +112,4 @@ def reading(path: Path) -> Iterator[Image.Image]:
         reason = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
         if isinstance(error, UnidentifiedImageError):
             reason = "it is neither DICOM nor NIfTI nor of a format that Pillow knows"
-        raise ValueError(f"{str(path)!r} is not a picture that can be read: {reason}.") from error
+        raise HealthGPTError(f"{str(path)!r} is not a picture that can be read: {reason}.") from error

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 
 from .configuration_healthgpt import HealthGPTConfig, TaskConfig, task_from_mode
+from .errors_healthgpt import HealthGPTError
 from .generation_healthgpt import CACHE_NAME, HealthGPTGenerationMixin
 from .vqgan_decoder import HealthGPTVQGAN
 
@@ -176,11 +177,11 @@ class HealthGPTProjector(nn.Sequential):
 def require_kernel(name: str, linear: nn.Module) -> None:
     """
     Raises:
-        ValueError: if a 4-bit linear of bitsandbytes has sizes that the kernel of this processor cannot take.
+        HealthGPTError: if a 4-bit linear of bitsandbytes has sizes that the kernel of this processor cannot take.
     """
     fits = linear.in_features % 64 == 0 and linear.out_features % 32 == 0
     if linear.weight.device.type == "cpu" and linear.support_avx512bf16_for_cpu and not fits:
-        raise ValueError(
+        raise HealthGPTError(
             f"{name} has {linear.in_features} inputs and {linear.out_features} outputs, but the 4-bit kernel of this "
             "processor takes multiples of 64 and 32: load the model in 8 bits, or on a GPU."
         )
@@ -248,7 +249,7 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
         Loads a checkpoint whole, or not at all.
 
         Raises:
-            ValueError: if the checkpoint lacks a tensor, or has one of another shape or that this model has no place for; or
+            HealthGPTError: if the checkpoint lacks a tensor, or has one of another shape or that this model has no place for; or
                 if this processor's 4-bit kernel does not take its sizes.
         """
         kwargs["ignore_mismatched_sizes"] = True  # they are refused here, by name
@@ -264,7 +265,7 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
             ("has tensors of another shape than its configuration says", {key for key, *_ in info["mismatched_keys"]}),
         ):
             if keys:
-                raise ValueError(f"The checkpoint {problem}, {len(keys)} in all: {', '.join(sorted(keys))}.")
+                raise HealthGPTError(f"The checkpoint {problem}, {len(keys)} in all: {', '.join(sorted(keys))}.")
         for name, module in model.named_modules():
             if type(module).__name__ == "Linear4bit":
                 require_kernel(name, module)
@@ -320,16 +321,16 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             batch_size (`int`): Number of rows.
 
         Raises:
-            ValueError: if the checkpoint lacks a task, or the names do not fit the number of rows.
+            HealthGPTError: if the checkpoint lacks a task, or the names do not fit the number of rows.
         """
         names = list(task) if isinstance(task, (list, tuple)) else [task]
         for name in names:
             if name not in self.config.tasks:
-                raise ValueError(
+                raise HealthGPTError(
                     f"This checkpoint has no task {name!r}; it has {', '.join(self.config.tasks) or 'none'}."
                 )
         if len(names) not in (1, batch_size):
-            raise ValueError(
+            raise HealthGPTError(
                 f"Got {len(names)} tasks for a batch of {batch_size} rows: give one name, or one per row."
             )
         return names if len(names) == batch_size else names * batch_size
@@ -383,12 +384,12 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         Where pictures stand in the prompt: a mask `(batch, length)`.
 
         Raises:
-            ValueError: if the positions are not those of all pictures.
+            HealthGPTError: if the positions are not those of all pictures.
         """
         mask = input_ids == self.config.image_token_id
         num_images = 0 if pixel_values is None else len(pixel_values)
         if not torch.compiler.is_compiling() and mask.sum() != num_images * self.config.num_image_patches:
-            raise ValueError(
+            raise HealthGPTError(
                 f"The prompts have {mask.sum()} picture positions, but {num_images} pictures of "
                 f"{self.config.num_image_patches} patches were given."
             )
@@ -433,11 +434,11 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             cache (`Cache`, *optional*): What transformers calls `past_key_values` from 5.24 on; either name may be used.
 
         Raises:
-            ValueError: if a task is unknown, or prompts and pictures do not fit each other.
+            HealthGPTError: if a task is unknown, or prompts and pictures do not fit each other.
         """
         cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds.")
+            raise HealthGPTError("Give either input_ids or inputs_embeds.")
         batch_size = len(input_ids) if inputs_embeds is None else len(inputs_embeds)
         tasks = self.tasks_of_rows(task_from_mode(task, generation_mode), batch_size)
 
@@ -445,7 +446,7 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids, tasks)
         if pixel_values is not None:
             if input_ids is None:
-                raise ValueError("Pictures need input_ids, which say where they stand.")
+                raise HealthGPTError("Pictures need input_ids, which say where they stand.")
             image_mask = self.get_placeholder_mask(input_ids, pixel_values)
             image_tasks = tasks[0]
             if len(set(tasks)) > 1:
@@ -539,7 +540,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
             mean cross-entropy of the next token as `loss`.
 
         Raises:
-            ValueError: as in [`HealthGPTModel.forward`], or if `labels` hold the id that stands for pictures.
+            HealthGPTError: as in [`HealthGPTModel.forward`], or if `labels` hold the id that stands for pictures.
         """
         task = task_from_mode(task, generation_mode)
         outputs = self.model(
@@ -567,7 +568,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
         loss = None
         if labels is not None:
             if not torch.compiler.is_compiling() and (labels == self.config.image_token_id).any():
-                raise ValueError(
+                raise HealthGPTError(
                     "The labels hold the id of <image>, which nobody writes: set those positions to -100."
                 )
             loss = self.loss_function(
@@ -592,20 +593,20 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
                 [`HLoRALinear`] says.
 
         Raises:
-            ValueError: if there is such a task already, or its settings do not fit the model or `init_from`.
+            HealthGPTError: if there is such a task already, or its settings do not fit the model or `init_from`.
         """
         tasks = self.config.tasks
         if name in tasks:
-            raise ValueError(f"There is a task {name!r} already: give the new one another name.")
+            raise HealthGPTError(f"There is a task {name!r} already: give the new one another name.")
         if init_from is not None and init_from not in tasks:
-            raise ValueError(f"There is no task {init_from!r} to start from; there are {', '.join(tasks)}.")
+            raise HealthGPTError(f"There is no task {init_from!r} to start from; there are {', '.join(tasks)}.")
         task = TaskConfig(**settings)
         self.config.validate_task(name, task)
         if init_from is not None and (task.rank, task.num_experts) != (
             tasks[init_from].rank,
             tasks[init_from].num_experts,
         ):
-            raise ValueError(
+            raise HealthGPTError(
                 f"Task {init_from!r} has rank {tasks[init_from].rank} and {tasks[init_from].num_experts} experts; to start "
                 f"from it {name!r} needs the same."
             )
@@ -656,7 +657,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
             `torch.FloatTensor` of shape `(batch, 3, height, width)`: Pixels in [-1, 1].
 
         Raises:
-            ValueError: if the checkpoint has no VQGAN, or a row does not hold exactly one picture of codes.
+            HealthGPTError: if the checkpoint has no VQGAN, or a row does not hold exactly one picture of codes.
         """
         vqgan = self._require_vqgan()
         codes = []
@@ -666,7 +667,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
             row = row - self.config.image_code_offset
             row = row[(row >= 0) & (row < vqgan.config.num_codes)]
             if len(row) != self.config.num_image_codes:
-                raise ValueError(
+                raise HealthGPTError(
                     f"Row {index} holds {len(row)} image codes, but a picture is made of exactly "
                     f"{self.config.num_image_codes}."
                 )
@@ -689,12 +690,12 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
             code `i` is `config.image_code_offset + i`.
 
         Raises:
-            ValueError: if the checkpoint has no VQGAN or the pictures have another size.
+            HealthGPTError: if the checkpoint has no VQGAN or the pictures have another size.
         """
         vqgan = self._require_vqgan()
         expected = (vqgan.config.in_channels, vqgan.config.resolution, vqgan.config.resolution)
         if pixels.shape[1:] != expected:
-            raise ValueError(
+            raise HealthGPTError(
                 f"The VQGAN reads pictures of shape (batch, {', '.join(map(str, expected))}), got {tuple(pixels.shape)}."
             )
         weight = vqgan.quantize.embed.weight
@@ -702,7 +703,7 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
 
     def _require_vqgan(self):
         if self.model.vqgan is None:
-            raise ValueError(
+            raise HealthGPTError(
                 "This checkpoint has no VQGAN: it was exported without one and cannot handle image codes."
             )
         return self.model.vqgan

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from ..conversations import conversation, prepare
+from ..errors_healthgpt import HealthGPTError
 from ..medical import open_picture
 
 IGNORED = -100
@@ -101,7 +102,7 @@ class TrainingCollator:
             height, width)` if there are pictures, and `task`, a name per row.
 
         Raises:
-            ValueError: if a prompt, or a prompt with the picture to draw, is longer than `max_length`.
+            HealthGPTError: if a prompt, or a prompt with the picture to draw, is longer than `max_length`.
         """
         return self._collate(
             [sample | {"input_image": [open_picture(path) for path in sample["input_image"]]} for sample in samples]
@@ -132,16 +133,16 @@ class TrainingCollator:
             needs_pictures (`bool`, defaults to `False`): Whether samples without an input picture teach nothing.
 
         Raises:
-            ValueError: if one is too long or lacks a picture; the sentence names its line.
+            HealthGPTError: if one is too long or lacks a picture; the sentence names its line.
         """
         blank = Image.new("RGB", (1, 1))
         for number, sample in enumerate(samples, 1):
             try:
                 if needs_pictures and not sample["input_image"]:
-                    raise ValueError("only the projector is trained, and it has no input_image for it.")
+                    raise HealthGPTError("only the projector is trained, and it has no input_image for it.")
                 self._collate([sample | {"input_image": [blank] * len(sample["input_image"])}])
             except ValueError as error:
-                raise ValueError(f"Line {number} of {path} cannot be trained on: {error}") from error
+                raise HealthGPTError(f"Line {number} of {path} cannot be trained on: {error}") from error
 
     def _answer(self, sample, prompt_length) -> torch.LongTensor:
         """Ids of the answer and the end of the turn."""
@@ -154,7 +155,7 @@ class TrainingCollator:
             answer += [self.end_of_picture, *self.processor.tokenizer.encode(self.ending, add_special_tokens=False)]
         needed = 1 if sample["target_codes"] is None else len(answer)
         if room < needed:
-            raise ValueError(
+            raise HealthGPTError(
                 f"The sample {sample['instruction'][:80]!r} has a prompt of {prompt_length} tokens and needs {needed} "
                 f"more, but samples may have {self.max_length}."
             )

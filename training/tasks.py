@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors_healthgpt import HealthGPTError
 from ..hub_export.plan import is_finite
 from ..hub_export.plugins import write_plugin
 from ..hub_export.write import task_of
@@ -50,15 +51,17 @@ def start_fusion(model, tasks: list[str]) -> dict[str, str | None]:
         fused tables belong to drawing.
 
     Raises:
-        ValueError: if no task draws, or those that do have several pairs of tables.
+        HealthGPTError: if no task draws, or those that do have several pairs of tables.
     """
     settings = model.config.tasks
     drawing = [name for name in tasks if settings[name].kind == "image"]
     if not drawing:
-        raise ValueError("The fusion stage trains the token tables of tasks that draw, and there are samples of none.")
+        raise HealthGPTError(
+            "The fusion stage trains the token tables of tasks that draw, and there are samples of none."
+        )
     own = {settings[name].token_tables for name in drawing}
     if len(own) > 1:
-        raise ValueError(f"The tasks {', '.join(drawing)} have different token tables: fusion trains one pair.")
+        raise HealthGPTError(f"The tasks {', '.join(drawing)} have different token tables: fusion trains one pair.")
     answering = {name: settings[name].token_tables for name in tasks if name not in drawing}
     model.use_token_tables(own.pop() or drawing[0], tasks)
     return answering
@@ -76,7 +79,7 @@ def save_plugin(model, task: str, folder: Path, with_tables: bool = False) -> No
             are its own then.
 
     Raises:
-        ValueError: if its weights are no finite numbers any more.
+        HealthGPTError: if its weights are no finite numbers any more.
     """
     dtype, settings = model.lm_head.weight.dtype, asdict(model.config.tasks[task])
     owned = {name: value for name, value in model.state_dict().items() if task_of(name, model.config) == task}
@@ -87,6 +90,6 @@ def save_plugin(model, task: str, folder: Path, with_tables: bool = False) -> No
         settings["token_tables"] = task
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in owned.items()}
     if not all(is_finite(tensor) for tensor in tensors.values()):
-        raise ValueError(f"The training of {task!r} diverged, and nothing was saved: lower the learning rate.")
+        raise HealthGPTError(f"The training of {task!r} diverged, and nothing was saved: lower the learning rate.")
     folder.mkdir(parents=True, exist_ok=True)
     write_plugin(folder, task, settings, tensors)

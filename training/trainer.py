@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..errors_healthgpt import HealthGPTError
 from ..hub_export.sources import reading
 from .recipes import Recipe
 from .tasks import parts_of
@@ -40,13 +41,13 @@ def training_arguments(
         options: Options of `TrainingArguments`, also in place of those that the recipe says.
 
     Raises:
-        ValueError: if the recipe's batch is no multiple of what the processes take at once, or a CPU is to train float16.
+        HealthGPTError: if the recipe's batch is no multiple of what the processes take at once, or a CPU is to train float16.
     """
     if (model.device.type, model.lm_head.weight.dtype) == ("cpu", torch.float16):
-        raise ValueError("float16 is trained on a GPU only: on the CPU choose bfloat16 or float32.")
+        raise HealthGPTError("float16 is trained on a GPU only: on the CPU choose bfloat16 or float32.")
     at_once = per_device_batch_size * int(os.environ.get("WORLD_SIZE", 1))
     if recipe.batch_size % at_once:
-        raise ValueError(
+        raise HealthGPTError(
             f"A batch of {recipe.batch_size} samples cannot be made of {at_once} at once: choose a divisor of it."
         )
     defaults = {
@@ -117,7 +118,7 @@ class HealthGPTTrainer(Trainer):
             saved = load_file(path)
         before, now = ({name: value.shape for name, value in state.items()} for state in (saved, trained))
         if before != now:
-            raise ValueError(f"{resume_from_checkpoint} is of a training of other parts, or of other sizes.")
+            raise HealthGPTError(f"{resume_from_checkpoint} is of a training of other parts, or of other sizes.")
         for name, value in trained.items():
             value.data.copy_(saved[name])
 

@@ -64,6 +64,7 @@ HUB_FILES = (
     "generation_healthgpt.py",
     "modeling_healthgpt.py",
     "pipeline_healthgpt.py",
+    "precision_healthgpt.py",
     "processing_healthgpt.py",
     "vqgan_decoder.py",
 )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_healthgpt import HealthGPTVQGANConfig
+from .precision_healthgpt import compute
 
 
 def _group_norm(channels):
@@ -193,7 +194,7 @@ class HealthGPTVQGAN(nn.Module):
 
     def code_logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Scores (batch, num_codes, grid, grid) of every code for pixels (batch, 3, resolution, resolution)."""
-        return self.quantize.proj(self.quant_conv(self.encoder(pixels)))
+        return compute(self.quantize.proj, compute(self.quant_conv, compute(self.encoder, pixels)))
 
     def encode(self, pixels: torch.Tensor) -> torch.LongTensor:
         """Codes (batch, grid * grid), row by row, of pixels (batch, 3, resolution, resolution) in [-1, 1]."""
@@ -203,4 +204,4 @@ class HealthGPTVQGAN(nn.Module):
         """Pixels (batch, 3, resolution, resolution) in [-1, 1] of codes (batch, grid * grid)."""
         grid = self.config.grid_size
         latents = self.quantize.embed(codes).transpose(1, 2).unflatten(2, (grid, grid))
-        return self.decoder(self.post_quant_conv(latents)).clamp(-1, 1)
+        return compute(self.decoder, compute(self.post_quant_conv, latents)).clamp(-1, 1)

@@ -1,0 +1,55 @@
+# Copyright 2026 The HealthGPT package authors.
+# Licensed under the Apache License, Version 2.0 (see the file LICENSE).
+"""
+The dtype that a part is computed in, where that is not the dtype of its weights.
+
+A processor without instructions for bfloat16 or float16 takes many times as long for products and convolutions in them as in
+float32. Parts that run once per image (vision tower, projectors, VQGAN) are computed in float32 there: their weights are
+widened for the duration of a call and stay as they are.
+"""
+
+import torch
+from torch import nn
+
+
+def dtypes_with_instructions() -> set[torch.dtype]:
+    """
+    The floating-point dtypes that this processor multiplies in, as oneDNN sees it (`ONEDNN_MAX_CPU_ISA` limits it).
+
+    oneDNN takes bfloat16 from AVX512 on, but without AVX512-BF16 it computes in float32 and converts back and forth.
+    """
+    found = {torch.float32, torch.float64}
+    if not torch.backends.mkldnn.is_available():
+        return found
+    emulates = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulates:
+        found.add(torch.bfloat16)
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        found.add(torch.float16)
+    return found
+
+
+CPU_DTYPES = dtypes_with_instructions()
+
+
+def compute(module: nn.Module, inputs: torch.Tensor, **kwargs) -> torch.Tensor:
+    """
+    Calls a module in the dtype of its weights, or in float32 if this processor has no instructions for that dtype.
+
+    While it runs in float32, a copy of its weights takes 4 bytes for each of them. Modules on other devices, and those that
+    accelerate has offloaded, run as they are.
+
+    Args:
+        module (`nn.Module`): The module; all its parameters have one dtype.
+        inputs (`torch.Tensor`): Its input, in any floating-point dtype.
+        kwargs: Further arguments of the module.
+
+    Returns:
+        `torch.Tensor`: Its output, in the dtype that it was computed in.
+    """
+    weights = dict(module.named_parameters())
+    dtype = next(iter(weights.values())).dtype
+    if dtype in CPU_DTYPES or any(weight.device.type != "cpu" for weight in weights.values()):
+        return module(inputs.to(dtype), **kwargs)
+    widened = {name: weight.float() for name, weight in weights.items()}
+    return torch.func.functional_call(module, widened, (inputs.float(),), kwargs)

@@ -1,6 +1,13 @@
-"""HealthGPT for the transformers library: answers questions about medical pictures and draws medical pictures."""
+"""
+HealthGPT for the transformers library: answers questions about medical images and draws medical images.
+
+Importing this package registers its classes with transformers' Auto classes: `from_pretrained` and `pipeline` then load
+checkpoints with this package's code, whatever copy of it they carry, and need no `trust_remote_code`.
+"""
 
 from importlib import import_module
+
+import wrapt
 
 __version__ = "0.1.0"
 
@@ -21,3 +28,38 @@ def __getattr__(name):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+# For the same reason the classes are registered only when the Auto classes, or they themselves, are imported.
+for _part in ("configuration", "modeling", "processing"):
+    wrapt.register_post_import_hook(
+        lambda _, name=f".{_part}_healthgpt": import_module(name, __name__), f"transformers.models.auto.{_part}_auto"
+    )
+
+
+@wrapt.when_imported(f"{__name__}.configuration_healthgpt")
+def _register_config(module):
+    from transformers import AutoConfig
+
+    AutoConfig.register(module.HealthGPTConfig.model_type, module.HealthGPTConfig)
+    module.HealthGPTConfig.register_for_auto_class()  # what is saved takes the code along
+
+
+@wrapt.when_imported(f"{__name__}.modeling_healthgpt")
+def _register_model(module):
+    from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    model = module.HealthGPTForConditionalGeneration
+    for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(model.config_class, model)
+    model.register_for_auto_class("AutoModelForImageTextToText")
+
+
+@wrapt.when_imported(f"{__name__}.processing_healthgpt")
+def _register_processor(module):
+    from transformers import AutoProcessor
+
+    from .configuration_healthgpt import HealthGPTConfig
+
+    AutoProcessor.register(HealthGPTConfig, module.HealthGPTProcessor)
+    module.HealthGPTProcessor.register_for_auto_class()

@@ -9,6 +9,23 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .errors_healthgpt import HealthGPTError
 
+# Raised with every change of the code that travels with checkpoints after which older code cannot load them.
+CODE_VERSION = 1
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_healthgpt.HealthGPTConfig",
+    "AutoModel": "modeling_healthgpt.HealthGPTForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_healthgpt.HealthGPTForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_healthgpt.HealthGPTForConditionalGeneration",
+}
+CUSTOM_PIPELINES = {
+    "any-to-any": {
+        "impl": "pipeline_healthgpt.HealthGPTPipeline",
+        "pt": ["AutoModelForMultimodalLM"],
+        "type": "multimodal",
+    }
+}
+
 
 @dataclass
 class TaskConfig:
@@ -122,9 +139,12 @@ class HealthGPTConfig(PreTrainedConfig):
         image_token_id (`int`): Id that stands for one patch of an input picture. It may lie past the token tables.
         image_start_token_id (`int`, *optional*): Id of `<start_index>`, after which a picture's codes begin.
         image_code_offset (`int`, *optional*): Id of `<idx_0>`; code `i` has the id `image_code_offset + i`.
+        code_version (`int`, defaults to this code's): Version of the code that the checkpoint was written with. Until
+            version 1 checkpoints did not name it.
 
     Raises:
-        HealthGPTError: if a task's name or settings do not fit the rest of the configuration.
+        HealthGPTError: if a task's name or settings do not fit the rest of the configuration, or the checkpoint was written
+            with newer code.
     """
 
     model_type = "healthgpt"
@@ -139,8 +159,15 @@ class HealthGPTConfig(PreTrainedConfig):
         image_token_id=None,
         image_start_token_id=None,
         image_code_offset=None,
+        code_version=CODE_VERSION,
         **kwargs,
     ):
+        if code_version > CODE_VERSION:
+            raise HealthGPTError(
+                f"The checkpoint was written with version {code_version} of HealthGPT's code, and this is version "
+                f"{CODE_VERSION}: update the package healthgpt, or load the checkpoint's own code with trust_remote_code=True "
+                "where the package is not imported."
+            )
         self.text_config = _sub_config(text_config, default_model_type="phi3")
         self.vision_config = _sub_config(vision_config, default_model_type="clip_vision_model")
         self.vqgan_config = HealthGPTVQGANConfig(**vqgan_config) if isinstance(vqgan_config, dict) else vqgan_config
@@ -151,6 +178,7 @@ class HealthGPTConfig(PreTrainedConfig):
         for name, task in self.tasks.items():
             self.validate_task(name, task)
         kwargs["tie_word_embeddings"] = self.text_config.tie_word_embeddings
+        kwargs = {"auto_map": dict(AUTO_MAP), "custom_pipelines": CUSTOM_PIPELINES, **kwargs}
         super().__init__(**kwargs)
 
     def validate_task(self, name: str, task: TaskConfig) -> None:
@@ -188,6 +216,7 @@ class HealthGPTConfig(PreTrainedConfig):
     def to_dict(self):
         output = super().to_dict()
         output["tasks"] = {name: asdict(task) for name, task in self.tasks.items()}
+        output["code_version"] = CODE_VERSION
         return output
 
 

@@ -41,7 +41,7 @@ checkpoint_option = functools.partial(
     "--checkpoint",
     "-c",
     envvar="HEALTHGPT_CHECKPOINT",
-    help="Exported folder or Hub repository, whose code is run.",
+    help="Exported folder or Hub repository.",
 )
 Checkpoint = Annotated[str, checkpoint_option(show_default="the small model of the package")]
 RequiredCheckpoint = Annotated[str, checkpoint_option()]
@@ -80,8 +80,9 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
     with working("Loading the model"):
         import torch
         from safetensors import SafetensorError
-        from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
+
+        from .. import HealthGPTForConditionalGeneration, HealthGPTProcessor
 
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process one of its own
         device = device or (gpu if torch.cuda.is_available() else "cpu")
@@ -92,9 +93,9 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
             raise HealthGPTError(f"The device {device!r} cannot be used here: {reason}.") from error
     if not Console(stderr=True).is_terminal:
         logging.disable_progress_bar()  # transformers' own, of downloads and weights
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    processor = HealthGPTProcessor.from_pretrained(checkpoint)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype or "auto")
+        model = HealthGPTForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype or "auto")
     except SafetensorError as error:
         raise HealthGPTError(f"The weights of {checkpoint} are damaged: {error}.") from error
     return model.to(device), processor

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from .. import HealthGPTForConditionalGeneration, HealthGPTProcessor
 from ..conversations import conversation, prepare
 from ..hub_export import ExportSources
 from ..hub_export import export as export_checkpoint
@@ -109,8 +109,8 @@ def export(source: Path, output: Path, quantize: str | None) -> dict:
 
 def run(folder: Path) -> dict:
     start = time.perf_counter()
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = HealthGPTForConditionalGeneration.from_pretrained(folder)
+    processor = HealthGPTProcessor.from_pretrained(folder)
     result = {"load_seconds": round(time.perf_counter() - start, 1), "loaded_gigabytes": peak_gigabytes()}
     picture = Image.radial_gradient("L")
     for task, settings in model.config.tasks.items():

@@ -37,14 +37,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
+from .. import HealthGPTForConditionalGeneration, HealthGPTProcessor
 from ..conversations import conversation, prepare
 from ..errors_healthgpt import HealthGPTError
 from ..hub_export.quantize import BASE_WEIGHT
 from ..hub_export.sources import reading
-from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from ..phantoms import drawing_sample
 
 BITS = {
@@ -172,13 +172,13 @@ def prepare_process() -> None:
 def quantise(checkpoint: str | Path, precision: str, output: str) -> None:
     settings = {"quantization_config": BitsAndBytesConfig(**BITS[precision]), "device_map": {"": "cpu"}}
     load(checkpoint, dtype="bfloat16", **settings).save_pretrained(output)
-    AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(output)
+    HealthGPTProcessor.from_pretrained(checkpoint).save_pretrained(output)
 
 
 def load(checkpoint: str | Path, **settings):
     disable_progress_bar()
     with reading(checkpoint):
-        return AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, **settings)
+        return HealthGPTForConditionalGeneration.from_pretrained(checkpoint, **settings)
 
 
 def run(
@@ -190,7 +190,7 @@ def run(
     reference: list[int] | None,
 ) -> Measurement:
     """Loads a checkpoint with settings of `from_pretrained`, answers and draws; `reference` is an answer to compare."""
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    processor = HealthGPTProcessor.from_pretrained(checkpoint)
     if precision in BITS:
         importlib.import_module("bitsandbytes")  # neither its time nor its memory is that of the weights
     before = gigabytes("VmRSS")

@@ -23,19 +23,6 @@ from . import rules
 from .families import Family, add_image_placeholder, add_image_tokens, build_tokenizer, family_of, read_json
 from .sources import CheckpointError, LazyTensor, read_directory, read_file, reading
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_healthgpt.HealthGPTConfig",
-    "AutoModel": "modeling_healthgpt.HealthGPTForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_healthgpt.HealthGPTForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_healthgpt.HealthGPTForConditionalGeneration",
-}
-CUSTOM_PIPELINES = {
-    "any-to-any": {
-        "impl": "pipeline_healthgpt.HealthGPTPipeline",
-        "pt": ["AutoModelForMultimodalLM"],
-        "type": "multimodal",
-    }
-}
 KINDS = {"comprehension": "text", "generation": "image"}  # what the published plugins put out
 PUBLISHED_NUM_CODES = 8192
 MAX_CODES = 2**17  # each is a token
@@ -233,8 +220,6 @@ def build_plan(sources: ExportSources, dtype: str | None = None) -> Plan:
         image_code_offset=image_code_offset,
         architectures=["HealthGPTForConditionalGeneration"],
     )
-    config.auto_map = AUTO_MAP
-    config.custom_pipelines = CUSTOM_PIPELINES
 
     plan = Plan(
         config=config,
@@ -454,7 +439,6 @@ def build_processor(family: Family, tokenizer, vision: Path, config: HealthGPTCo
         prefix_space=family.prefix_space,
         picture_size=None if config.vqgan_config is None else config.vqgan_config.resolution,
     )
-    processor.auto_map = {"AutoProcessor": "processing_healthgpt.HealthGPTProcessor"}
     return processor
 
 

@@ -8,9 +8,9 @@ import argparse
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
+from .. import HealthGPTForConditionalGeneration, HealthGPTProcessor
 from ..conversations import conversation, prepare
 from .samples import INSTRUCTIONS, comprehension_sample, drawing_sample
 
@@ -55,8 +55,8 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for the pictures")
     arguments = parser.parse_args()
     disable_progress_bar()
-    model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(arguments.checkpoint, trust_remote_code=True)
+    model = HealthGPTForConditionalGeneration.from_pretrained(arguments.checkpoint)
+    processor = HealthGPTProcessor.from_pretrained(arguments.checkpoint)
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     asked = [comprehension_sample("test", number, kind) for kind, number in ASKED]

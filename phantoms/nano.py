@@ -25,8 +25,9 @@ import torch
 import transformers
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM
 
+from .. import HealthGPTForConditionalGeneration, HealthGPTProcessor
 from ..hub_export import ExportSources, export
 from ..hub_export.card import CARD_NAME
 from ..hub_export.plugins import extract_plugin
@@ -221,8 +222,8 @@ def write_fresh_plugin(work: Path, task: str, rank: int, experts: int) -> None:
 
 
 def load(folder: Path):
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = HealthGPTForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return model, HealthGPTProcessor.from_pretrained(folder)
 
 
 def train(model, processor, stage: Stage, samples: dict[str, Dataset], folder: Path, steps: int) -> None:

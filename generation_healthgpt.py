@@ -120,19 +120,30 @@ class HealthGPTGenerationMixin(GenerationMixin):
             raise HealthGPTError(
                 "generate needs a prompt: input_ids (batch, length) or inputs_embeds (batch, length, hidden), not empty."
             )
+        inputs_embeds = kwargs.get("inputs_embeds")
+        if inputs_embeds is not None and kwargs.get("pixel_values") is not None:
+            raise HealthGPTError(
+                "pixel_values cannot be given with inputs_embeds, which hold image features already: give input_ids alone."
+            )
+        if inputs_embeds is not None and input_ids is not None and inputs_embeds.shape[:2] != input_ids.shape:
+            raise HealthGPTError(
+                f"input_ids of shape {tuple(input_ids.shape)} are not the ids of inputs_embeds of shape "
+                f"{tuple(inputs_embeds.shape)}: leave them out, or give one id for each embedding."
+            )
         tasks = self.model.tasks_of_rows(task, len(prompt))
         draws = torch.tensor([self.config.tasks[name].kind == "image" for name in tasks], device=prompt.device)
         cached = cached_length(kwargs.get("cache", kwargs.get("past_key_values")))
         if input_ids is not None and draws.any():
             input_ids, attention_mask = self._append_image_start(
-                input_ids, kwargs.get("attention_mask"), draws, cached
+                input_ids, kwargs.get("attention_mask"), draws, cached, inputs_embeds is not None
             )
             kwargs["attention_mask"] = attention_mask
             prompt = input_ids
         if input_ids is not None:
-            # Pictures that a kept cache holds need not be given again.
-            pixel_values = kwargs.get("pixel_values")
-            self.model.get_placeholder_mask(input_ids[:, cached if pixel_values is None else 0 :], pixel_values)
+            if inputs_embeds is None:
+                # Images that a kept cache holds need not be given again.
+                pixel_values = kwargs.get("pixel_values")
+                self.model.get_placeholder_mask(input_ids[:, cached if pixel_values is None else 0 :], pixel_values)
             if (~draws & (input_ids[:, -1] == self.config.image_start_token_id)).any():
                 raise HealthGPTError(
                     "A prompt ends with <start_index>, as prompts for drawing do, but its task answers in words."
@@ -173,11 +184,15 @@ class HealthGPTGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
-    def _append_image_start(self, input_ids, attention_mask, draws, cached):
+    def _append_image_start(self, input_ids, attention_mask, draws, cached, is_embedded):
         """Appends `<start_index>` to drawing rows that lack it; the other rows get one more pad on the left."""
         lacking = draws & (input_ids[:, -1] != self.config.image_start_token_id)
         if not lacking.any():
             return input_ids, attention_mask
+        if is_embedded:
+            raise HealthGPTError(
+                "Prompts for drawing that are given as inputs_embeds have to end with <start_index> and its embedding."
+            )
         if cached > 0 and not lacking.all():
             raise HealthGPTError(
                 "Rows that continue a cache cannot be moved: end the prompts of all rows that draw with <start_index>, as "
@@ -217,6 +232,15 @@ class HealthGPTGenerationMixin(GenerationMixin):
             )
         if draws.any() and option("forced_eos_token_id") is not None:
             raise HealthGPTError("forced_eos_token_id would take the place of a picture's last code: draw without it.")
+        if (option("encoder_repetition_penalty") or 1) != 1:
+            raise HealthGPTError(
+                "encoder_repetition_penalty is not supported: the prompt's ids, which it favours, are those of images too."
+            )
+        if option("assistant_early_exit") is not None:
+            raise HealthGPTError(
+                "assistant_early_exit is not supported: the first layers' drafts would lack the task's head. Give an "
+                "assistant_model instead."
+            )
         if (option("guidance_scale") or 1) != 1:
             raise HealthGPTError(
                 "guidance_scale is not supported: its second pass would run without picture and task."

@@ -14,19 +14,24 @@ import re
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_healthgpt import HealthGPTConfig, TaskConfig, task_from_mode
 from .errors_healthgpt import HealthGPTError
 from .generation_healthgpt import CACHE_NAME, HealthGPTGenerationMixin
+from .precision_healthgpt import compute
 from .vqgan_decoder import HealthGPTVQGAN
 
 if TYPE_CHECKING:
@@ -55,7 +60,8 @@ def run_per_task(groups: list[TaskGroup], function: Callable, inputs: torch.Tens
 
 
 class _Routing(threading.local):
-    groups: list[TaskGroup] = []
+    def __init__(self):  # runs in every thread; torch.compile would take a value of the class for a constant
+        self.groups: list[TaskGroup] = []
 
 
 # What the H-LoRA linears of the running forward pass read. The language model's own layers call their linears with one
@@ -74,17 +80,45 @@ def route(groups: list[TaskGroup]):
         _routing.groups = outer
 
 
+# The library's own way of giving a cache its new name, from the version on that has one.
+accept_past_key_values = (
+    deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    if CACHE_NAME == "cache"
+    else lambda function: function
+)
+
+
 class UnquantizedLinear(nn.Linear):
     """
     A linear that keeps its dtype when bitsandbytes quantises: that replaces modules that are exactly `nn.Linear`.
 
-    Plugins, projectors, heads and the vision tower are small or sensitive; only the language model's own linears stay
-    plain.
+    Projectors, heads and the vision tower are small or sensitive; only the language model's own linears stay plain.
     """
 
 
 # The same for other quantisers, which take subclasses too: names as their `modules_to_not_convert` understands them.
-UNQUANTIZED_MODULES = ("lm_head", "token_heads", r"(model\.)?(projectors|vision_tower|vqgan)", r".*\.plugins\.")
+UNQUANTIZED_MODULES = ("lm_head", "token_heads", r"(model\.)?(projectors|vision_tower|vqgan)")
+
+
+class PluginMatrix(nn.Module):
+    """
+    A matrix product of a plugin, `(..., in_features)` to `(..., out_features)`, without a bias.
+
+    It is not an `nn.Linear`, which is what quantisers and PEFT's `"all-linear"` look for: plugins keep their dtype, and
+    adapters on top of the model are adapters of the base.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, hidden_states):
+        return F.linear(hidden_states, self.weight)
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 class HLoRA(nn.Module):
@@ -95,9 +129,9 @@ class HLoRA(nn.Module):
         self.num_experts = task.num_experts
         self.scaling = task.alpha / task.rank * task.num_experts
         self.dropout = nn.Dropout(task.dropout)
-        self.lora_route = UnquantizedLinear(in_features, task.num_experts, bias=False)
-        self.lora_A = UnquantizedLinear(in_features, task.rank, bias=False)
-        self.lora_B = UnquantizedLinear(task.rank, out_features, bias=False)
+        self.lora_route = PluginMatrix(in_features, task.num_experts)
+        self.lora_A = PluginMatrix(in_features, task.rank)
+        self.lora_B = PluginMatrix(task.rank, out_features)
 
     def forward(self, hidden_states):
         weights = self.lora_route(hidden_states).softmax(dim=-1, dtype=torch.float32).to(hidden_states.dtype)
@@ -140,6 +174,15 @@ class HLoRALinear(nn.Module):
         if not _routing.groups:
             return output
         return output + run_per_task(_routing.groups, lambda task, rows: self.plugins[task](rows), hidden_states)
+
+    def unload_and_optionally_merge_module(self, **kwargs) -> "HLoRALinear":
+        """
+        What PEFT's `merge_and_unload` and `unload` leave in place of this module: itself.
+
+        PEFT takes every module with a `base_layer` for one of its own. Its adapters are inside, around `base_layer`, and
+        it merges them there.
+        """
+        return self
 
 
 def shard_plugins(plan: dict[str, str], tasks: dict[str, TaskConfig]) -> dict[str, str]:
@@ -205,6 +248,40 @@ def keep_scales(linear: nn.Module) -> None:
     linear.register_state_dict_post_hook(restore)
 
 
+def skipped_by_name(names: list[str]) -> list[str]:
+    """The names of modules that a user leaves unquantised, such as `qkv_proj`, and of the linears that are wrapped here."""
+    return [*names, *(f"{name}.base_layer" for name in names)]
+
+
+class _WithImageOutputs:
+    """What the outputs of the model have beyond those of a language model, as the library's multimodal outputs."""
+
+    def to_tuple(self) -> tuple:
+        return tuple(self.image_outputs.to_tuple() if key == "image_outputs" else self[key] for key in self.keys())
+
+
+@dataclass
+class HealthGPTModelOutputWithPast(_WithImageOutputs, BaseModelOutputWithPast):
+    """
+    Args:
+        image_outputs (`BaseModelOutputWithPooling`, *optional*): What [`HealthGPTModel.get_image_features`] gave for the
+            input images; `None` without any.
+    """
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+
+@dataclass
+class HealthGPTCausalLMOutputWithPast(_WithImageOutputs, CausalLMOutputWithPast):
+    """
+    Args:
+        image_outputs (`BaseModelOutputWithPooling`, *optional*): What [`HealthGPTModel.get_image_features`] gave for the
+            input images; `None` without any.
+    """
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+
 class HealthGPTPreTrainedModel(PreTrainedModel):
     config_class = HealthGPTConfig
     base_model_prefix = "model"
@@ -219,6 +296,41 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def post_init(self):
+        super().post_init()
+        # CLIP lists the text tower's classes too, and FSDP looks for every class that is listed.
+        self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """
+        Gives every pair of token tables, those of the tasks too, another number of rows; image codes keep their ids.
+
+        Args:
+            new_num_tokens, pad_to_multiple_of, mean_resizing: As in `PreTrainedModel.resize_token_embeddings`.
+
+        Returns:
+            `nn.Embedding`: The base's embedding table.
+
+        Raises:
+            HealthGPTError: if the tables would lose rows of image codes.
+        """
+        needed = 0
+        if self.config.vqgan_config is not None and self.config.image_code_offset is not None:
+            needed = self.config.image_code_offset + self.config.vqgan_config.num_codes
+        if new_num_tokens is not None and new_num_tokens < needed:
+            raise HealthGPTError(
+                f"The token tables need at least {needed} rows, the last of them for image codes, and not {new_num_tokens}."
+            )
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        num_rows, tables = self.config.text_config.vocab_size, self.base_model.token_embeddings
+        for name, table in tables.items():
+            learns = table.weight.requires_grad
+            table = self._get_resized_embeddings(table, num_rows, mean_resizing=mean_resizing)
+            tables[name] = table.requires_grad_(learns)
+        return embeddings
 
     def initialize_weights(self):
         """Initialises what no checkpoint filled; plugins by their own rule, not that of the language model around them."""
@@ -256,8 +368,11 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
         quantization = kwargs.get("quantization_config")
         if hasattr(quantization, "modules_to_not_convert"):
             kwargs["quantization_config"] = quantization = copy.copy(quantization)
-            listed = quantization.modules_to_not_convert or []
+            listed = skipped_by_name(quantization.modules_to_not_convert or [])
             quantization.modules_to_not_convert = [*listed, *UNQUANTIZED_MODULES]
+        elif getattr(quantization, "llm_int8_skip_modules", None) is not None:  # bitsandbytes has another name for it
+            kwargs["quantization_config"] = quantization = copy.copy(quantization)
+            quantization.llm_int8_skip_modules = skipped_by_name(quantization.llm_int8_skip_modules)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem, keys in (
             ("lacks tensors of the model", info["missing_keys"]),
@@ -349,24 +464,38 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         # Older versions of transformers 5 keep the tower's modules one level deeper.
         tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
         num_blocks = vision_layer % (self.config.vision_config.num_hidden_layers + 1)
-        hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values))
+        hidden_states = compute(tower.pre_layrnorm, compute(tower.embeddings, pixel_values))
         for block in tower.encoder.layers[:num_blocks]:
-            hidden_states = block(hidden_states, attention_mask=None)
+            hidden_states = compute(block, hidden_states, attention_mask=None)
         return hidden_states[:, 1:]
 
+    @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, task: str | list[str] = "comprehension"
+        self,
+        pixel_values: torch.FloatTensor,
+        task: str | list[str] = "comprehension",
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """
-        Features of input pictures at the level of their task (hierarchical visual perception, paper section 4.1).
+        Features of input images at the level of their task (hierarchical visual perception, paper section 4.1).
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): Normalised pictures.
-            task (`str` or `list[str]`, defaults to `"comprehension"`): One name, or one per picture.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): Normalised images.
+            task (`str` or `list[str]`, defaults to `"comprehension"`): One name, or one per image.
+            output_hidden_states (`bool`, *optional*, defaults to `config.vision_config.output_hidden_states`): Whether to
+                return all hidden states of the vision tower, which then runs whole.
+            output_attentions (`bool`, *optional*, defaults to `config.vision_config.output_attentions`): The same for its
+                attention weights (`"eager"` attention only).
+            return_dict (`bool`, defaults to `True`): Whether to return an object; otherwise a tuple.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state`, the tower's patch features `(num_images, patches, vision
-            hidden)`, and `pooler_output`, the token embeddings `(num_images, patches, hidden)` that stand in the prompt.
+            hidden)`, and `pooler_output`, the token embeddings `(num_images, patches, hidden)` that the prompt gets;
+            `hidden_states` and `attentions` of the tower, its class token included, if they were asked for.
+
+        Raises:
+            HealthGPTError: if a task is unknown, or there are more or fewer than images.
         """
         groups = group_by_task(self.tasks_of_rows(task, len(pixel_values)), pixel_values.device)
         features = run_per_task(
@@ -374,23 +503,36 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             lambda name, rows: self.get_vision_features(rows, self.config.tasks[name].vision_layer),
             pixel_values,
         )
-        projected = run_per_task(groups, lambda name, rows: self.projectors[name](rows), features)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=projected)
+        projected = run_per_task(groups, lambda name, rows: compute(self.projectors[name], rows), features)
+        outputs = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=projected)
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        asked = {
+            name: getattr(self.config.vision_config, name) if value is None else value for name, value in asked.items()
+        }
+        if any(asked.values()):
+            tower = self.vision_tower(pixel_values, **asked)
+            outputs.hidden_states, outputs.attentions = tower.hidden_states, tower.attentions
+        return outputs
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor, pixel_values: torch.FloatTensor | None
     ) -> torch.BoolTensor:
         """
-        Where pictures stand in the prompt: a mask `(batch, length)`.
+        Where images are in the prompt: a mask `(batch, length)`.
 
         Raises:
-            HealthGPTError: if the positions are not those of all pictures.
+            HealthGPTError: if the positions are not those of all images (a `RuntimeError` where this is compiled).
         """
         mask = input_ids == self.config.image_token_id
         num_images = 0 if pixel_values is None else len(pixel_values)
-        if not torch.compiler.is_compiling() and mask.sum() != num_images * self.config.num_image_patches:
+        if torch.compiler.is_compiling():
+            torch._assert_async(
+                mask.sum() == num_images * self.config.num_image_patches,
+                "The prompts have another number of image positions than the given images have patches.",
+            )
+        elif mask.sum() != num_images * self.config.num_image_patches:
             raise HealthGPTError(
-                f"The prompts have {mask.sum()} picture positions, but {num_images} pictures of "
+                f"The prompts have {mask.sum()} image positions, but {num_images} images of "
                 f"{self.config.num_image_patches} patches were given."
             )
         return mask
@@ -407,19 +549,20 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         return run_per_task(group_by_task(tasks, input_ids.device), embed, input_ids)
 
     @can_return_tuple
+    @accept_past_key_values
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         task: str | list[str] | None = None,
         generation_mode: str | None = None,
-        cache: Cache | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HealthGPTModelOutputWithPast:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Prompts; `config.image_token_id` stands
@@ -427,46 +570,59 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*): The
                 pictures of all rows, in order.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 where a row is padding.
-            position_ids, past_key_values, inputs_embeds: As in the language model.
+            position_ids, cache, inputs_embeds: As in the language model. Images need `input_ids`.
             task (`str` or `list[str]`, *optional*, defaults to `"comprehension"`): One name in `config.tasks`, or one per
                 row.
             generation_mode (`str`, *optional*): `"text"` means task `"comprehension"`, `"image"` task `"generation"`.
-            cache (`Cache`, *optional*): What transformers calls `past_key_values` from 5.24 on; either name may be used.
+            past_key_values (`Cache`, *optional*): The name of `cache` before transformers 5.24.
+            kwargs: Of the language model.
+
+        Returns:
+            `HealthGPTModelOutputWithPast`: The language model's outputs, and `image_outputs` of the input images.
 
         Raises:
-            HealthGPTError: if a task is unknown, or prompts and pictures do not fit each other.
+            HealthGPTError: if a task is unknown, or prompts and images do not fit each other.
         """
         cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise HealthGPTError("Give either input_ids or inputs_embeds.")
+        if pixel_values is not None and input_ids is None:
+            raise HealthGPTError(
+                "pixel_values need input_ids, which say where the images are: inputs_embeds hold image features already."
+            )
         batch_size = len(input_ids) if inputs_embeds is None else len(inputs_embeds)
         tasks = self.tasks_of_rows(task_from_mode(task, generation_mode), batch_size)
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids, tasks)
+        image_outputs = None
         if pixel_values is not None:
-            if input_ids is None:
-                raise HealthGPTError("Pictures need input_ids, which say where they stand.")
             image_mask = self.get_placeholder_mask(input_ids, pixel_values)
             image_tasks = tasks[0]
             if len(set(tasks)) > 1:
                 images_per_row = (image_mask.sum(dim=1) // self.config.num_image_patches).tolist()
                 image_tasks = [name for name, count in zip(tasks, images_per_row, strict=True) for _ in range(count)]
-            features = self.get_image_features(pixel_values, image_tasks).pooler_output
-            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_outputs = self.get_image_features(
+                pixel_values,
+                image_tasks,
+                output_hidden_states=kwargs.get("output_hidden_states"),
+                output_attentions=kwargs.get("output_attentions"),
+            )
+            features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             image_mask = image_mask.unsqueeze(-1).to(inputs_embeds.device)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, features)
         elif input_ids is not None and cache is None:
             self.get_placeholder_mask(input_ids, None)
 
         with route(group_by_task(tasks, inputs_embeds.device)):
-            return self.language_model(
+            outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 **{CACHE_NAME: cache},
                 **kwargs,
             )
+        return HealthGPTModelOutputWithPast(**outputs, image_outputs=image_outputs)
 
 
 class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGenerationMixin):
@@ -506,27 +662,28 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
         self.lm_head = value
 
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, task: str | list[str] = "comprehension"
+        self, pixel_values: torch.FloatTensor, task: str | list[str] = "comprehension", **kwargs
     ) -> BaseModelOutputWithPooling:
         """See [`HealthGPTModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, task)
+        return self.model.get_image_features(pixel_values, task, **kwargs)
 
     @can_return_tuple
+    @accept_past_key_values
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         task: str | list[str] | None = None,
         generation_mode: str | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        cache: Cache | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HealthGPTCausalLMOutputWithPast:
         """
         Arguments as in [`HealthGPTModel.forward`], and:
 
@@ -536,8 +693,8 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
                 those at the given positions.
 
         Returns:
-            `CausalLMOutputWithPast`: `logits` of shape `(batch, length, rows of the token tables)`, and with `labels` the
-            mean cross-entropy of the next token as `loss`.
+            `HealthGPTCausalLMOutputWithPast`: `logits` of shape `(batch, length, rows of the token tables)`, with `labels`
+            the mean cross-entropy of the next token as `loss`, and `image_outputs` of the input images.
 
         Raises:
             HealthGPTError: as in [`HealthGPTModel.forward`], or if `labels` hold the id that stands for pictures.
@@ -548,10 +705,9 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             task=task,
-            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -574,13 +730,27 @@ class HealthGPTForConditionalGeneration(HealthGPTPreTrainedModel, HealthGPTGener
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(
+        return HealthGPTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            image_outputs=outputs.image_outputs,
         )
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """See [`HealthGPTPreTrainedModel.resize_token_embeddings`]; the heads change with their tables."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.lm_head.__class__ = UnquantizedLinear  # transformers makes a plain one
+        for name, head in self.token_heads.items():
+            learns = head.weight.requires_grad
+            head = self._get_resized_lm_head(head, self.config.text_config.vocab_size, mean_resizing=mean_resizing)
+            head.__class__ = UnquantizedLinear
+            self.token_heads[name] = head.requires_grad_(learns)
+        return embeddings
 
     def add_task(self, name: str, settings: dict, init_from: str | None = None) -> None:
         """

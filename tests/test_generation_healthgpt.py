@@ -94,7 +94,7 @@ def test_a_new_picture_is_added_to_a_kept_cache(m3):
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     whole = model.generate(ids, pixel_values=pixels, max_new_tokens=6)
     between = int((ids[0] == model.config.image_token_id).nonzero()[model.config.num_image_patches])
-    for pictures, message in ((pixels, None), (None, "16 picture positions, but 0 pictures")):
+    for pictures, message in ((pixels, None), (None, "16 image positions, but 0 images")):
         cache = model(ids[:, :between], pixel_values=pixels[:1], use_cache=True).past_key_values
         if message is None:
             assert torch.equal(

@@ -235,13 +235,13 @@ def test_what_cannot_be_done_is_said(m3, checkpoints):
         model.generate(ids, generation_mode="audio")
     with pytest.raises(ValueError, match="means task 'generation', but task='comprehension'"):
         model.generate(ids, generation_mode="image", task="comprehension")
-    with pytest.raises(ValueError, match="16 picture positions, but 2 pictures of 16 patches"):
+    with pytest.raises(ValueError, match="16 image positions, but 2 images of 16 patches"):
         model(inputs["input_ids"], inputs["pixel_values"].repeat(2, 1, 1, 1))
     drawing = inputs_of(processor, checkpoint.cases[4])
     with pytest.raises(ValueError, match="ends with <start_index>, as prompts for drawing do, but its task answers"):
         model.generate(**drawing, task="comprehension")
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match="16 picture positions, but 0 pictures of 16 patches"):
+        with pytest.raises(ValueError, match="16 image positions, but 0 images of 16 patches"):
             call(inputs["input_ids"])
     with pytest.raises(ValueError, match="The labels hold the id of <image>"):
         model(**inputs, labels=inputs["input_ids"])

@@ -30,14 +30,6 @@ def __getattr__(name):
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
-# For the same reason the classes are registered only when the Auto classes, or they themselves, are imported.
-for _part in ("configuration", "modeling", "processing"):
-    wrapt.register_post_import_hook(
-        lambda _, name=f".{_part}_healthgpt": import_module(name, __name__), f"transformers.models.auto.{_part}_auto"
-    )
-
-
-@wrapt.when_imported(f"{__name__}.configuration_healthgpt")
 def _register_config(module):
     from transformers import AutoConfig
 
@@ -45,7 +37,6 @@ def _register_config(module):
     module.HealthGPTConfig.register_for_auto_class()  # what is saved takes the code along
 
 
-@wrapt.when_imported(f"{__name__}.modeling_healthgpt")
 def _register_model(module):
     from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
@@ -55,7 +46,6 @@ def _register_model(module):
     model.register_for_auto_class("AutoModelForImageTextToText")
 
 
-@wrapt.when_imported(f"{__name__}.processing_healthgpt")
 def _register_processor(module):
     from transformers import AutoProcessor
 
@@ -63,3 +53,21 @@ def _register_processor(module):
 
     AutoProcessor.register(HealthGPTConfig, module.HealthGPTProcessor)
     module.HealthGPTProcessor.register_for_auto_class()
+
+
+def _register_when_imported():
+    """For the same reason the classes are registered only once they, or the Auto classes, are imported."""
+    for part, register in (
+        ("configuration", _register_config),
+        ("modeling", _register_model),
+        ("processing", _register_processor),
+    ):
+        name = f"{__name__}.{part}_healthgpt"
+        wrapt.register_post_import_hook(register, name)
+        wrapt.register_post_import_hook(
+            lambda _, name=name: import_module(name), f"transformers.models.auto.{part}_auto"
+        )
+
+
+if __name__ == "healthgpt":  # pytest imports this file under the name of its folder too
+    _register_when_imported()

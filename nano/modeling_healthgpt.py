@@ -504,7 +504,9 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
             pixel_values,
         )
         projected = run_per_task(groups, lambda name, rows: compute(self.projectors[name], rows), features)
-        outputs = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=projected)
+        outputs = BaseModelOutputWithPooling(
+            last_hidden_state=features.to(self.dtype), pooler_output=projected.to(self.dtype)
+        )
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         asked = {
             name: getattr(self.config.vision_config, name) if value is None else value for name, value in asked.items()

@@ -1,0 +1,49 @@
+"""PEFT's adapters on top of a checkpoint: around the base's linears, merged and taken off again."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from healthgpt import HealthGPTForConditionalGeneration
+
+IDS = torch.tensor([[1, 5, 9]])
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return [model(input_ids=IDS, task=task).logits for task in ("comprehension", "generation")]
+
+
+@pytest.mark.parametrize(
+    "target", [["qkv_proj.base_layer", "o_proj.base_layer"], r".*\.layers\.1\..*\.base_layer", "all-linear"]
+)
+def test_adapters_are_those_of_the_base_and_come_off_again(target, load):
+    model, _ = load("m3")
+    before, parameters = logits_of(model), dict(model.named_parameters())
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=target))
+    adapters = {name for name, module in adapted.named_modules() if hasattr(module, "lora_embedding_A")}
+    assert adapters and not any(".plugins." in name for name in adapters)
+    assert all(".default." in name for name, tensor in adapted.named_parameters() if tensor.requires_grad)
+    for name, tensor in adapted.named_parameters():
+        if ".lora_B.default." in name:
+            torch.nn.init.normal_(tensor)
+    changed = logits_of(adapted)
+    assert all(not torch.allclose(*pair) for pair in zip(changed, before, strict=True))
+
+    merged = adapted.merge_and_unload()
+    assert isinstance(merged, HealthGPTForConditionalGeneration)
+    assert dict(merged.named_parameters()).keys() == parameters.keys()
+    for pair in zip(logits_of(merged), changed, strict=True):
+        torch.testing.assert_close(*pair, atol=1e-3, rtol=1e-4)
+
+
+def test_unloading_leaves_the_model_as_it_was(load, tmp_path):
+    model, _ = load("m3")
+    before = logits_of(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    assert not torch.allclose(logits_of(adapted)[0], before[0])
+    unloaded = adapted.unload()
+    assert all(torch.equal(*pair) for pair in zip(logits_of(unloaded), before, strict=True))
+    unloaded.save_pretrained(tmp_path)
+    again = HealthGPTForConditionalGeneration.from_pretrained(tmp_path)
+    assert all(torch.equal(*pair) for pair in zip(logits_of(again), before, strict=True))

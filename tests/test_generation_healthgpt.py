@@ -13,6 +13,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from healthgpt import HealthGPTError
 from healthgpt.generation_healthgpt import TRANSFORMERS_VERSION
 
 old_transformers = pytest.mark.skipif(
@@ -326,3 +327,13 @@ def test_unconstrained_generation_is_the_published_one(m3):
     )
     with pytest.raises(ValueError, match=r"Row 0 holds \d+ image codes, but a picture is made of exactly 64"):
         model.decode_image_tokens(sequences)
+
+
+@pytest.mark.parametrize("option", [{"encoder_repetition_penalty": 1.5}, {"assistant_early_exit": 1}])
+@pytest.mark.parametrize("task", ["comprehension", "generation"])
+def test_options_that_cannot_be_are_refused(m3, task, option):
+    _, model, _ = m3
+    with pytest.raises(HealthGPTError, match=next(iter(option))):
+        model.generate(torch.tensor([[1, 2, 3]]), task=task, **option)
+    with pytest.raises(HealthGPTError, match=next(iter(option))):
+        model.generate(torch.tensor([[1, 2, 3]]), task=task, generation_config=GenerationConfig(**option))

@@ -4,13 +4,15 @@ import threading
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from conftest import cases_of, continuation, inputs_of, sources_of, weights_of
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
 )
 
-from healthgpt import TaskConfig
+from healthgpt import HealthGPTError, TaskConfig
+from healthgpt.generation_healthgpt import TRANSFORMERS_VERSION
 from healthgpt.hub_export import export
 from healthgpt.modeling_healthgpt import HLoRALinear, route
 
@@ -306,3 +308,157 @@ def test_token_tables_shared_by_tasks(checkpoints, tmp_path):
         assert torch.equal(model(**inputs, task="comprehension").logits, expected)
         model.save_pretrained(tmp_path)
     AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(("rows", "multiple"), [(None, None), (None, 64), (7, 128)], ids=["idiom", "pad", "both"])
+@pytest.mark.parametrize("name", ["m3", "made_m3"])
+def test_all_token_tables_are_resized_together(name, rows, multiple, load, checkpoints, tmp_path):
+    model, processor = load(name)
+    checkpoint = checkpoints(name)
+    before = model.config.text_config.vocab_size
+    rows = None if (rows, multiple) == (None, 64) else len(processor.tokenizer) + (rows or 0)
+    embeddings = model.resize_token_embeddings(rows, pad_to_multiple_of=multiple)
+    rows = before if rows is None else rows
+    rows = rows if multiple is None else -(-rows // multiple) * multiple
+    assert rows > model.config.image_token_id >= before, "the id of <image> gets a row"
+    sizes = {embeddings.num_embeddings, model.config.text_config.vocab_size, model.lm_head.out_features}
+    sizes |= {table.num_embeddings for table in model.model.token_embeddings.values()}
+    assert sizes | {head.out_features for head in model.token_heads.values()} == {rows}
+    with torch.no_grad():  # a head that likes <image> best
+        for head in (model.lm_head, *model.token_heads.values()):
+            head.weight[model.config.image_token_id] = head.weight.abs().max() * 100
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    cases = [next(case for case in checkpoint.cases if case["task"] == task) for task in model.config.tasks]
+    inputs = inputs_of(processor, cases)
+    tasks = [case["task"] for case in cases]
+    sequences = again.generate(**inputs, task=tasks, max_new_tokens=cases[0]["max_new_tokens"])
+    drawing = tasks.index("generation")
+    assert (
+        continuation(sequences[drawing], inputs["input_ids"].shape[1], cases[drawing])
+        == cases[drawing]["generated_ids"]
+    )
+    assert (sequences[:, inputs["input_ids"].shape[1] :] != model.config.image_token_id).all()
+    for row, case in zip(sequences, cases, strict=True):
+        assert continuation(row, inputs["input_ids"].shape[1], case) == case["generated_ids"]
+
+
+def test_tables_keep_the_rows_of_image_codes(load):
+    model, _ = load("m3")
+    end = model.config.image_code_offset + model.config.vqgan_config.num_codes
+    before = model.config.text_config.vocab_size
+    with pytest.raises(HealthGPTError, match=f"at least {end} rows"):
+        model.resize_token_embeddings(end - 1)
+    assert model.config.text_config.vocab_size == model.lm_head.out_features == before
+    model.resize_token_embeddings(end)
+    assert model.generate(torch.tensor([[1, 2, 3]]), task="generation").max() < end
+
+
+def test_outputs_carry_the_features_of_the_images(m3):
+    checkpoint, model, processor = m3
+    [case] = cases_of(checkpoint, "comprehension/two_pictures")
+    inputs = inputs_of(processor, case)
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True)
+        alone = model.get_image_features(inputs["pixel_values"])
+        states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        as_tuple = model.get_image_features(inputs["pixel_values"], return_dict=False)
+        assert model(inputs["input_ids"][:, :1] * 0 + 1).image_outputs is None
+    expected = checkpoint.expected[case["name"] + "/projected"]
+    torch.testing.assert_close(outputs.image_outputs.pooler_output, expected, atol=1e-5, rtol=0)
+    assert torch.equal(alone.pooler_output, outputs.image_outputs.pooler_output) and alone.hidden_states is None
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[1], alone.pooler_output)
+    assert len(outputs.image_outputs.hidden_states) == model.config.vision_config.num_hidden_layers + 1
+    for state, own in zip(states, outputs.image_outputs.hidden_states, strict=True):
+        assert torch.equal(state, own)
+    torch.testing.assert_close(states[-2][:, 1:], alone.last_hidden_state)
+    model.set_attn_implementation("eager")
+    attentions = model.get_image_features(inputs["pixel_values"], output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    assert len(attentions) == model.config.vision_config.num_hidden_layers
+    torch.testing.assert_close(attentions[0].sum(-1), torch.ones_like(attentions[0].sum(-1)))
+
+
+def test_layers_compiled_before_a_task_is_given_run_with_it(m3):
+    """A thread's first call decides nothing: compiled without a task, a layer has its plugin when one comes."""
+    _, model, _ = m3
+    layer = model.model.language_model.layers[0].mlp.down_proj
+    states = torch.randn(1, 3, layer.base_layer.in_features)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(states), layer.base_layer(states))
+        for task in model.config.tasks:
+            with route([(task, None)]):
+                expected = layer(states)
+                assert not torch.equal(expected, layer.base_layer(states))
+                assert torch.equal(compiled(states), expected)
+
+
+def test_a_compiled_forward_refuses_surplus_images(m3):
+    checkpoint, model, processor = m3
+    inputs = inputs_of(processor, checkpoint.cases[0])
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+        for images in (inputs["pixel_values"].repeat(2, 1, 1, 1), None):
+            with pytest.raises((RuntimeError, ValueError), match="image positions"):
+                compiled(inputs["input_ids"], images)
+
+
+def test_every_class_that_must_not_be_split_is_there(m3, checkpoints):
+    """FSDP's `transformer_based_wrap` looks for each of them."""
+    _, model, _ = m3
+    l14 = AutoModelForImageTextToText.from_pretrained(checkpoints("l14").folder)
+    for loaded, drawing in ((model, {"HealthGPTVQGAN"}), (l14, set())):
+        present = {type(module).__name__ for module in loaded.modules()}
+        assert loaded._no_split_modules <= present
+        assert {"Phi3DecoderLayer", "CLIPEncoderLayer"} | drawing <= loaded._no_split_modules
+        plugin = FullyShardedDataParallelPlugin(
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=list(loaded._no_split_modules),
+        )
+        plugin.set_auto_wrap_policy(loaded)
+
+
+@pytest.mark.skipif(TRANSFORMERS_VERSION < (5, 24), reason="until 5.24 past_key_values is the name")
+def test_a_cache_by_its_old_name_is_the_librarys_deprecation(m3):
+    _, model, _ = m3
+    ids = torch.tensor([[1, 5, 9, 4]])
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1:]
+        for call in (model, model.model):
+            cache = call(ids[:, :3], use_cache=True).cache
+            with pytest.warns(FutureWarning, match="past_key_values"):
+                outputs = call(ids[:, 3:], past_key_values=cache)
+            assert outputs.cache is cache and cache.get_seq_length() == 4
+        cache = model(ids[:, :3], use_cache=True).cache
+        torch.testing.assert_close(model(ids[:, 3:], cache=cache).logits, expected)
+
+
+def test_embeddings_in_place_of_ids(m3):
+    checkpoint, model, processor = m3
+    case = checkpoint.cases[0]
+    inputs = inputs_of(processor, case)
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    embeddings = model.model.embed_tokens(ids, ["comprehension"])
+    for call in (
+        lambda: model(inputs_embeds=embeddings, pixel_values=pixels),
+        lambda: model.generate(inputs_embeds=embeddings, pixel_values=pixels),
+        lambda: model.generate(ids, inputs_embeds=embeddings, pixel_values=pixels),
+    ):
+        with pytest.raises(HealthGPTError, match=r"pixel_values .*inputs_embeds"):
+            call()
+    # with the images' features in them, embeddings are prompts like others
+    features = model.get_image_features(pixels).pooler_output
+    whole = embeddings.masked_scatter((ids == model.config.image_token_id).unsqueeze(-1), features)
+    options = {"max_new_tokens": case["max_new_tokens"], "attention_mask": inputs["attention_mask"]}
+    assert model.generate(inputs_embeds=whole, **options)[0].tolist() == case["generated_ids"]
+    both = model.generate(ids, inputs_embeds=whole, **options)
+    assert both[0, : ids.shape[1]].tolist() == ids[0].tolist()
+    assert both[0, ids.shape[1] :].tolist() == case["generated_ids"]
+    with pytest.raises(HealthGPTError, match=r"\(1, 3\) .*\(1, 2, 64\)"):
+        model.generate(ids[:, :3], inputs_embeds=whole[:, :2])
+    with pytest.raises(HealthGPTError, match="end with <start_index>"):
+        model.generate(ids, inputs_embeds=whole, task="generation")

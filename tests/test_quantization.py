@@ -90,6 +90,20 @@ def test_a_users_own_list_is_left_alone_too(quantizer, checkpoints):
     assert all(name.endswith(".base_layer") for name in names)
 
 
+@pytest.mark.parametrize("quantizer", [bits_and_bytes, pytest.param(torchao, marks=needs_torchao)])
+@pytest.mark.parametrize("skipped", [["qkv_proj"], ["down_proj", "self_attn.o_proj"], ["layers.1.mlp.gate_up_proj"]])
+def test_a_users_list_names_linears_as_the_base_does(quantizer, skipped, checkpoints):
+    model = load(checkpoints("made_wide").folder, quantizer(8, skipped))
+    wrapped = {name.removesuffix(".base_layer") for name, _ in model.named_modules() if name.endswith(".base_layer")}
+    whole = {
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if name.endswith(".base_layer") and not is_quantized(module)
+    }
+    assert whole == {name for name in wrapped if name.endswith(tuple(skipped))}
+    assert whole and whole != wrapped
+
+
 @needs_torchao
 def test_4_bits_of_torchao_are_near_the_whole(checkpoints):
     checkpoint = checkpoints("made_wide")

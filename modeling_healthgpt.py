@@ -455,19 +455,24 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         Patch features of the vision tower, without its class token.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): Normalised pictures.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): Normalised images.
             vision_layer (`int`): Index into the tower's hidden states; blocks after it do not run.
 
         Returns:
             `torch.FloatTensor` of shape `(num_images, patches, vision hidden)`.
         """
+        num_blocks = vision_layer % (self.config.vision_config.num_hidden_layers + 1)
+        return self._vision_states(pixel_values, num_blocks)[-1][:, 1:]
+
+    def _vision_states(self, pixel_values, num_blocks, keep=False):
+        """The vision tower's hidden states after so many blocks, as a list: the last alone, or all."""
         # Older versions of transformers 5 keep the tower's modules one level deeper.
         tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
-        num_blocks = vision_layer % (self.config.vision_config.num_hidden_layers + 1)
-        hidden_states = compute(tower.pre_layrnorm, compute(tower.embeddings, pixel_values))
+        states = [compute(tower.pre_layrnorm, compute(tower.embeddings, pixel_values))]
         for block in tower.encoder.layers[:num_blocks]:
-            hidden_states = compute(block, hidden_states, attention_mask=None)
-        return hidden_states[:, 1:]
+            hidden_states = compute(block, states[-1], attention_mask=None)
+            states = [*states, hidden_states] if keep else [hidden_states]
+        return states
 
     @can_return_tuple
     def get_image_features(
@@ -507,13 +512,12 @@ class HealthGPTModel(HealthGPTPreTrainedModel):
         outputs = BaseModelOutputWithPooling(
             last_hidden_state=features.to(self.dtype), pooler_output=projected.to(self.dtype)
         )
-        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        asked = {
-            name: getattr(self.config.vision_config, name) if value is None else value for name, value in asked.items()
-        }
-        if any(asked.values()):
-            tower = self.vision_tower(pixel_values, **asked)
-            outputs.hidden_states, outputs.attentions = tower.hidden_states, tower.attentions
+        vision_config = self.config.vision_config
+        if vision_config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            states = self._vision_states(pixel_values, vision_config.num_hidden_layers, keep=True)
+            outputs.hidden_states = tuple(state.to(self.dtype) for state in states)
+        if vision_config.output_attentions if output_attentions is None else output_attentions:
+            outputs.attentions = self.vision_tower(pixel_values, output_attentions=True).attentions
         return outputs
 
     def get_placeholder_mask(

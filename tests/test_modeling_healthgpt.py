@@ -356,7 +356,7 @@ def test_tables_keep_the_rows_of_image_codes(load):
 
 def test_outputs_carry_the_features_of_the_images(m3):
     checkpoint, model, processor = m3
-    [case] = cases_of(checkpoint, "comprehension/two_pictures")
+    case = checkpoint.cases[0]
     inputs = inputs_of(processor, case)
     with torch.no_grad():
         outputs = model(**inputs, output_hidden_states=True)
@@ -395,8 +395,11 @@ def test_layers_compiled_before_a_task_is_given_run_with_it(m3):
                 assert torch.equal(compiled(states), expected)
 
 
-def test_a_compiled_forward_refuses_surplus_images(m3):
-    checkpoint, model, processor = m3
+def test_a_compiled_forward_refuses_surplus_images(checkpoints, load):
+    checkpoint = checkpoints("m3")
+    model, processor = load("m3")
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), output_hidden_states=True)  # installs hooks of transformers that stay
     inputs = inputs_of(processor, checkpoint.cases[0])
     torch._dynamo.reset()
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True)

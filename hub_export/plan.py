@@ -20,8 +20,9 @@ from ..configuration_healthgpt import HealthGPTConfig, HealthGPTVQGANConfig, Tas
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from ..processing_healthgpt import CLIPImageProcessorPil, HealthGPTProcessor
 from . import rules
-from .families import Family, add_image_placeholder, add_image_tokens, build_tokenizer, family_of, read_json
-from .sources import CheckpointError, LazyTensor, read_directory, read_file, reading
+from .confine import CheckpointError, read_json, reading, require_confined
+from .families import Family, add_image_placeholder, add_image_tokens, build_tokenizer, family_of
+from .sources import LazyTensor, read_directory, read_file
 
 AUTO_MAP = {
     "AutoConfig": "configuration_healthgpt.HealthGPTConfig",
@@ -190,6 +191,8 @@ def build_plan(sources: ExportSources, dtype: str | None = None) -> Plan:
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"There is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     base, vision = Path(sources.base), Path(sources.vision)
+    for folder in (base, vision):
+        require_confined(folder)
     family = family_of(base)
     plugins = {
         name: read_file(path)

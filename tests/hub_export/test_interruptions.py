@@ -32,7 +32,7 @@ def test_a_finished_folder_counts_only_if_it_is_whole_and_of_the_same_settings(f
         path = output.parent / "m3" / name
         before = path.read_text()
         path.write_text(json.dumps(json.loads(before) | change))
-        with pytest.raises(FileExistsError, match="it holds another export"):
+        with pytest.raises(CheckpointError, match="it holds another export"):
             export(sources, output)
         path.write_text(before)
     export(sources, output)

@@ -95,8 +95,14 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     try:
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype or "auto")
-    except SafetensorError as error:
-        raise HealthGPTError(f"The weights of {checkpoint} are damaged: {error}.") from error
+    except (SafetensorError, OSError) as error:
+        from ..hub_export.sources import read_directory
+
+        try:
+            read_directory(folder_of(checkpoint))
+        except HealthGPTError as named:
+            raise HealthGPTError(f"The weights of {checkpoint} are damaged: {named}") from error
+        raise
     return model.to(device), processor
 
 
@@ -124,12 +130,15 @@ def require_checkpoint(checkpoint: str) -> dict:
     The content of a checkpoint's config.json; refuses what is neither a folder nor the name of a Hub repository, and checkpoints
     of other models.
     """
-    if not Path(checkpoint).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+    if not os.path.isdir(checkpoint) and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise HealthGPTError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
     from transformers import PreTrainedConfig
 
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
         raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
+    from ..hub_export.confine import require_loadable
+
+    require_loadable(folder_of(checkpoint))
     config = PreTrainedConfig.get_config_dict(checkpoint)[0]
     model_type = config.get("model_type")
     if model_type != "healthgpt":
@@ -137,6 +146,19 @@ def require_checkpoint(checkpoint: str) -> dict:
             f"{checkpoint} is no HealthGPT checkpoint: its config.json is that of a {model_type} model."
         )
     return config
+
+
+def folder_of(checkpoint: str) -> Path:
+    """The folder of a checkpoint; of a Hub repository its snapshot in the Hub's cache, with at least its settings."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    from huggingface_hub import snapshot_download
+
+    from ..hub_export.confine import SETTINGS
+    from ..hub_export.hub import asking
+
+    with asking(checkpoint):
+        return Path(snapshot_download(checkpoint, allow_patterns=list(SETTINGS)))
 
 
 def missing(error: ModuleNotFoundError) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 from ..errors_healthgpt import HealthGPTError
 
 INDEX_NAME = "model.safetensors.index.json"
-# Files of a checkpoint that name others, which transformers then opens.
-NAMING_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", INDEX_NAME)
-SUFFIXES = (".json", ".jinja", ".safetensors")  # of what transformers opens in a checkpoint
+# What transformers reads of a checkpoint besides weights, code and chat templates.
+SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
+SETTINGS += ("tokenizer_config.json", "tokenizer.json", INDEX_NAME)
 POINTER = b"version https://git-lfs"
 
 
@@ -53,10 +53,10 @@ def inside(folder: Path, name: str, origin: str | Path) -> Path:
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or not name.strip("."):
         raise CheckpointError(
-            f"{origin} names the file {str(name)[:100]!r}, but may only name files in its own folder."
+            f"{origin} cannot be used: it names the file {str(name)[:100]!r}, but may only name files in its own folder."
         )
     path = folder / name
-    if path.is_symlink() and not _stays(path):
+    if os.path.islink(path) and not _stays(path):
         raise CheckpointError(
             f"{path} is a symbolic link that leaves its folder: put the file itself there, for example with cp -L."
         )
@@ -95,16 +95,19 @@ def require_loadable(folder: Path) -> None:
     Checks a checkpoint before transformers opens it: every file that it leads to is in its folder, and is the file itself.
 
     Raises:
-        CheckpointError: if a link or a name leads out of the folder, or a file is only git-lfs's pointer to it.
+        CheckpointError: if a link or a name leads out of the folder, settings or templates cannot be read, or a file is only
+            git-lfs's pointer to it.
     """
     require_confined(folder)
     with reading(folder):
-        for path in folder.iterdir():
-            if path.suffix in SUFFIXES and path.is_file():
-                require_no_pointer(path)
-    for file in (*(folder / name for name in NAMING_FILES), *folder.glob("config.*.json")):
-        for name in named_files(read_json(file)) if file.is_file() else ():
-            inside(folder, name, file)
+        for path in (*folder.glob("*.safetensors"), *folder.glob("*.jinja")):
+            require_no_pointer(path)
+    for path in (*(folder / name for name in SETTINGS), *folder.glob("config.*.json")):
+        for name in named_files(read_json(path)) if path.is_file() else ():
+            inside(folder, name, path)
+    for path in folder.glob("*.jinja"):
+        with reading(path):
+            path.read_text(encoding="utf-8")
 
 
 def named_files(content: dict) -> Iterator[str]:

@@ -263,7 +263,7 @@ def require_files(folder: Path, files: list[str]) -> None:
     Raises:
         CheckpointError: if a finished checkpoint lacks one of its files, or a weight file is cut off.
     """
-    missing = [name for name in files if not (folder / name).is_file()]
+    missing = [name for name in files if not os.path.isfile(folder / name)]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing)}, which the export wrote: remove it and export again."

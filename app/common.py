@@ -134,7 +134,7 @@ def require_checkpoint(checkpoint: str) -> dict:
         raise HealthGPTError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
     from transformers import PreTrainedConfig
 
-    if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
+    if os.path.isdir(checkpoint) and not (Path(checkpoint) / "config.json").is_file():
         raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
     from ..hub_export.confine import require_loadable
 
@@ -150,15 +150,19 @@ def require_checkpoint(checkpoint: str) -> dict:
 
 def folder_of(checkpoint: str) -> Path:
     """The folder of a checkpoint; of a Hub repository its snapshot in the Hub's cache, with at least its settings."""
-    if Path(checkpoint).is_dir():
+    if os.path.isdir(checkpoint):
         return Path(checkpoint)
-    from huggingface_hub import snapshot_download
+    from transformers.utils import cached_file
 
     from ..hub_export.confine import SETTINGS
-    from ..hub_export.hub import asking
 
-    with asking(checkpoint):
-        return Path(snapshot_download(checkpoint, allow_patterns=list(SETTINGS)))
+    config = cached_file(checkpoint, "config.json")
+    if config is None:
+        raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
+    optional = {f"_raise_exceptions_for_{problem}": False for problem in ("missing_entries", "connection_errors")}
+    for name in SETTINGS:
+        cached_file(checkpoint, name, **optional)
+    return Path(config).parent
 
 
 def missing(error: ModuleNotFoundError) -> str:

@@ -1,6 +1,7 @@
 """The Hub: sources named by repository instead of by path, and the finished checkpoint pushed."""
 
 import fnmatch
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def fetch(sources: ExportSources, headers: Path | None = None) -> ExportSources:
     for field in fields(sources):
         name = str(getattr(sources, field.name))
         is_folder = field.name in ("base", "vision")
-        if is_folder and not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        if is_folder and not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
             name = f"hf://{name}"
         if name.startswith("hf://"):
             try:

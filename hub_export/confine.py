@@ -17,7 +17,8 @@ from ..errors_healthgpt import HealthGPTError
 INDEX_NAME = "model.safetensors.index.json"
 # What transformers reads of a checkpoint besides weights, code and chat templates.
 SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
-SETTINGS += ("tokenizer_config.json", "tokenizer.json", INDEX_NAME)
+SETTINGS += ("tokenizer_config.json", "tokenizer.json", INDEX_NAME, "pytorch_model.bin.index.json")
+TEMPLATES = "additional_chat_templates"
 POINTER = b"version https://git-lfs"
 
 
@@ -99,6 +100,8 @@ def require_loadable(folder: Path) -> None:
             git-lfs's pointer to it.
     """
     require_confined(folder)
+    if os.path.isdir(folder / TEMPLATES):
+        require_confined(folder / TEMPLATES)
     with reading(folder):
         for path in (*folder.glob("*.safetensors"), *folder.glob("*.jinja")):
             require_no_pointer(path)

@@ -128,6 +128,7 @@ def test_a_record_names_for_the_upload_only_what_is_in_the_folder(folder, tmp_pa
         ("config.json", {"configuration_files": ["../outside/config.4.0.0.json"]}),
         ("tokenizer_config.json", {"tokenizer_file": "../outside/tokenizer.json"}),
         ("config.json", {"tasks": "TABLES"}),
+        ("pytorch_model.bin.index.json", {"weight_map": {"lm_head.weight": "../outside/model.bin"}}),
     ],
 )
 def test_settings_that_lead_out_of_the_folder(folder, tmp_path, file, setting):
@@ -135,8 +136,18 @@ def test_settings_that_lead_out_of_the_folder(folder, tmp_path, file, setting):
         tasks = json.loads((folder / file).read_text())["tasks"]
         tasks["generation"]["token_tables"] = "../outside"
         setting = {"tasks": tasks}
+    (folder / file).touch()
+    (folder / file).write_text((folder / file).read_text() or "{}")
     change(folder / file, **setting)
     with pytest.raises(ValueError, match=r"\.\./outside"):  # of the checkpoint's own code, or of the package
+        load(str(folder), "cpu", None)
+
+
+def test_a_chat_template_that_is_a_link_out_of_its_folder(folder, tmp_path):
+    (tmp_path / "outside/other.jinja").write_text("secret")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/other.jinja").symlink_to("../../outside/other.jinja")
+    with pytest.raises(HealthGPTError, match=r"other\.jinja is a symbolic link that leaves its folder"):
         load(str(folder), "cpu", None)
 
 

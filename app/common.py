@@ -99,7 +99,8 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
         from ..hub_export.sources import read_directory
 
         try:
-            read_directory(folder_of(checkpoint))
+            if isinstance(error, SafetensorError) or os.path.isdir(checkpoint):  # else it is what the Hub answers
+                read_directory(folder_of(checkpoint))
         except HealthGPTError as named:
             raise HealthGPTError(f"The weights of {checkpoint} are damaged: {named}") from error
         raise

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from .confine import CheckpointError, read_json, reading, require_no_pointer
+from .confine import CheckpointError, read_json, reading, require_confined, require_no_pointer
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -48,6 +48,7 @@ def family_of(base: Path) -> Family:
     Raises:
         CheckpointError: if the base is none that HealthGPT was published for.
     """
+    require_confined(base)
     model_type = str(read_json(base / "config.json").get("model_type"))
     tokenizer_class = str(read_json(base / "tokenizer_config.json").get("tokenizer_class")).removesuffix("Fast")
     if (model_type, tokenizer_class) not in FAMILIES:

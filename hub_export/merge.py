@@ -16,7 +16,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -135,6 +136,43 @@ def export(
         return plan
 
     partial = output.parent / f".{output.name}.partial"
+    with alone(partial, output):
+        try:
+            with writing(output):
+                record = fill(partial, plan, fingerprint, quantize, progress)
+                is_local = Path(sources.base).exists()
+                record["base_model"] = None if is_local else str(sources.base).removeprefix("hf://").split("@")[0]
+                record |= {"name": output.name, "preset": preset}
+                (partial / CARD_NAME).write_text(build_card(plan.config, record), encoding="utf-8")
+                record["files"] = sorted(path.name for path in partial.iterdir() if path.name != ".lock")
+                write_json(partial / RECORD_NAME, record)  # `push` uploads these files and no others
+            if not skip_forward:
+                check_forward(plan, partial, progress)
+            with writing(output):
+                (partial / ".lock").unlink()
+                if output.exists():
+                    output.rmdir()
+                partial.rename(output)
+        except NotEnoughSpace:
+            if not any(partial.rglob("*.safetensors")):
+                shutil.rmtree(partial)
+            raise
+        except Exception:
+            # Nothing is swallowed: the error goes on as it came, once the half-written folder is gone. KeyboardInterrupt and
+            # SystemExit are no Exception, hence an interrupted export keeps its folder and can go on from there.
+            shutil.rmtree(partial)
+            raise
+    return plan
+
+
+@contextmanager
+def alone(partial: Path, output: Path) -> Iterator[None]:
+    """
+    Makes the partial folder of an output if it is not there, and keeps other exports out of it.
+
+    Raises:
+        CheckpointError: if it cannot be made, it or one of its entries is a symbolic link, or another export has it.
+    """
     with writing(output):
         if partial.is_symlink():
             raise CheckpointError(f"{partial}, in which the export is to be made, is a symbolic link: remove it.")
@@ -146,33 +184,9 @@ def export(
         except filelock.Timeout:
             raise CheckpointError(f"Another export to {output} is under way.") from None
     try:
-        with writing(output):
-            record = fill(partial, plan, fingerprint, quantize, progress)
-            is_local = Path(sources.base).exists()
-            record["base_model"] = None if is_local else str(sources.base).removeprefix("hf://").split("@")[0]
-            record |= {"name": output.name, "preset": preset}
-            (partial / CARD_NAME).write_text(build_card(plan.config, record), encoding="utf-8")
-            record["files"] = sorted(path.name for path in partial.iterdir() if path.name != ".lock")
-            write_json(partial / RECORD_NAME, record)  # `push` uploads these files and no others
-        if not skip_forward:
-            check_forward(plan, partial, progress)
-        with writing(output):
-            (partial / ".lock").unlink()
-            if output.exists():
-                output.rmdir()
-            partial.rename(output)
-    except NotEnoughSpace:
-        if not any(partial.rglob("*.safetensors")):
-            shutil.rmtree(partial)
-        raise
-    except Exception:
-        # Nothing is swallowed: the error goes on as it came, once the half-written folder is gone. KeyboardInterrupt and
-        # SystemExit are no Exception, hence an interrupted export keeps its folder and can go on from there.
-        shutil.rmtree(partial)
-        raise
+        yield
     finally:
         lock.release()
-    return plan
 
 
 def fill(partial, plan, fingerprint, quantize, progress) -> dict:

@@ -191,8 +191,6 @@ def build_plan(sources: ExportSources, dtype: str | None = None) -> Plan:
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"There is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     base, vision = Path(sources.base), Path(sources.vision)
-    for folder in (base, vision):
-        require_confined(folder)
     family = family_of(base)
     plugins = {
         name: read_file(path)
@@ -406,6 +404,7 @@ def read_text_config(base: Path):
 
 
 def read_vision_config(vision: Path):
+    require_confined(vision)
     settings = read_json(vision / "config.json")
     settings = settings.get("vision_config", settings)
     with reading(vision / "config.json"):

@@ -62,7 +62,8 @@ test-lowest: $(VENV)/lowest/installed
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
-# 1000 spoilt copies of the golden files: every export must be refused in one sentence or provably right.
+# 1000 spoilt copies of the golden files and of an exported checkpoint: everything must be refused in one sentence or provably right,
+# and nothing outside their folders touched.
 fuzz: $(VENV)/installed
 	$(RUN)/python tests/fuzz_export.py 0 1000
 

@@ -186,8 +186,11 @@ class HealthGPTConfig(PreTrainedConfig):
         Raises:
             HealthGPTError: if the name is none, or the task does not fit the rest of the configuration.
         """
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise HealthGPTError(f"A task's name is made of small letters, digits and underscores, got {name!r}.")
+        for field, value in (("name", name), ("token_tables", task.token_tables)):
+            if value is not None and not re.fullmatch(r"[a-z][a-z0-9_]*", value):
+                raise HealthGPTError(
+                    f"A task's {field} is made of small letters, digits and underscores, got {value!r:.100}."
+                )
         if task.kind == "image" and (self.vqgan_config is None or self.image_code_offset is None):
             raise HealthGPTError(
                 f"Task {name!r} draws pictures, but the configuration has no VQGAN or no image codes."

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from .conversations import reserved_token
 from .errors_healthgpt import HealthGPTError
 from .medical import open_picture
 from .processing_healthgpt import load_picture
@@ -53,18 +54,15 @@ def read_samples(
         HealthGPTError: if a line is no sample, or a picture is missing or none; the sentence names the line.
     """
     parts, rows, seen = [], [], set()
-    tokenizer = processor.tokenizer
-    reserved = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    tokenizer = processor.tokenizer.backend_tokenizer
     with open(path, "rb") as file:  # what is no UTF-8 belongs to a line too
         for number, line in enumerate(file, 1):
             try:
                 row = check_sample(parse(line), path.parent, config, default_task)
                 for field in ("instruction", "response"):
-                    written = row[field] or ""
-                    found = [reserved.get(index) for index in tokenizer.encode(written, add_special_tokens=False)]
-                    found = [token for token in found if token is not None and token in written]
-                    if found:
-                        raise HealthGPTError(f"its {field} has {found[0]}, a token that only the processor writes.")
+                    token = reserved_token(tokenizer, row[field] or "")
+                    if token is not None:
+                        raise HealthGPTError(f"its {field} has {token}, a token that only the processor writes.")
                 for picture in {*row["input_image"], row["target_image"]} - {None, *seen}:
                     load_picture(open_picture(picture), config.vision_config.image_size)
                     seen.add(picture)

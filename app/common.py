@@ -96,8 +96,15 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
     processor = HealthGPTProcessor.from_pretrained(checkpoint)
     try:
         model = HealthGPTForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype or "auto")
-    except SafetensorError as error:
-        raise HealthGPTError(f"The weights of {checkpoint} are damaged: {error}.") from error
+    except (SafetensorError, OSError) as error:
+        from ..hub_export.sources import read_directory
+
+        try:
+            if isinstance(error, SafetensorError) or os.path.isdir(checkpoint):  # else it is what the Hub answers
+                read_directory(folder_of(checkpoint))
+        except HealthGPTError as named:
+            raise HealthGPTError(f"The weights of {checkpoint} are damaged: {named}") from error
+        raise
     return model.to(device), processor
 
 
@@ -125,12 +132,15 @@ def require_checkpoint(checkpoint: str) -> dict:
     The content of a checkpoint's config.json; refuses what is neither a folder nor the name of a Hub repository, and checkpoints
     of other models.
     """
-    if not Path(checkpoint).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+    if not os.path.isdir(checkpoint) and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise HealthGPTError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
     from transformers import PreTrainedConfig
 
-    if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
+    if os.path.isdir(checkpoint) and not (Path(checkpoint) / "config.json").is_file():
         raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
+    from ..hub_export.confine import require_loadable
+
+    require_loadable(folder_of(checkpoint))
     config = PreTrainedConfig.get_config_dict(checkpoint)[0]
     model_type = config.get("model_type")
     if model_type != "healthgpt":
@@ -138,6 +148,23 @@ def require_checkpoint(checkpoint: str) -> dict:
             f"{checkpoint} is no HealthGPT checkpoint: its config.json is that of a {model_type} model."
         )
     return config
+
+
+def folder_of(checkpoint: str) -> Path:
+    """The folder of a checkpoint; of a Hub repository its snapshot in the Hub's cache, with at least its settings."""
+    if os.path.isdir(checkpoint):
+        return Path(checkpoint)
+    from transformers.utils import cached_file
+
+    from ..hub_export.confine import SETTINGS
+
+    config = cached_file(checkpoint, "config.json")
+    if config is None:
+        raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
+    optional = {f"_raise_exceptions_for_{problem}": False for problem in ("missing_entries", "connection_errors")}
+    for name in SETTINGS:
+        cached_file(checkpoint, name, **optional)
+    return Path(config).parent
 
 
 def missing(error: ModuleNotFoundError) -> str:

@@ -1,11 +1,13 @@
 """The model card of an exported checkpoint."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
 from ..configuration_healthgpt import HealthGPTConfig
 from .presets import BENCHMARKS, DATASET, PAPER, PRESETS
+from .write import write_text
 
 CARD_NAME = "README.md"
 CARD = """---
@@ -51,8 +53,8 @@ Versions: {versions}.
 LOAD = """from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained({name}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({name}, trust_remote_code=True)
 
 picture = Image.radial_gradient("L")  # put a medical picture here: Image.open("chest.png")
 """
@@ -108,13 +110,15 @@ def build_card(config: HealthGPTConfig, record: dict) -> str:
             loaded, `preset` if that was said, `base_model` if the base was named as on the Hub, `sources` with their
             checksums, `quantize` if that was asked for, `versions`.
     """
-    name, published = record["name"], PRESETS.get(record["preset"])
+    name, published, base = record["name"], PRESETS.get(record["preset"]), record["base_model"]
+    if base is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        base = None
     tasks = config.tasks
     asks = [task for task, settings in tasks.items() if settings.kind == "text"]
     draws = [task for task, settings in tasks.items() if settings.kind == "image"]
     data = ModelCardData(
         license=published.license if published else "other",
-        base_model=record["base_model"] or (published.sources["base"] if published else None),
+        base_model=base or (published.sources["base"] if published else None),
         library_name="transformers",
         pipeline_tag="any-to-any" if draws else "image-text-to-text",
         datasets=[DATASET],
@@ -131,16 +135,16 @@ def build_card(config: HealthGPTConfig, record: dict) -> str:
         results = RESULTS.format(name=published.name, paper=PAPER, rows=rows)
     quantized, needs = "", ""
     if record["quantize"]:
-        quantized = f" Then bitsandbytes stored the linears of the language model in {record['quantize'].removesuffix('bit')} bits."
+        quantized = f" Then bitsandbytes stored the linears of the language model in {as_text(record['quantize'].removesuffix('bit'))} bits."
         needs = ", accelerate, bitsandbytes"
     return CARD.format(
         needs=needs,
         quantized=quantized,
         front_matter=data.to_yaml(),
-        name=name.split("/")[-1],
+        name=as_text(name.split("/")[-1]),
         paper=PAPER,
         abilities=abilities(config),
-        snippet=LOAD.format(name=name) + "".join(snippets),
+        snippet=LOAD.format(name=as_literal(name)) + "".join(snippets),
         tasks="\n".join(
             f"| `{task}` | {settings.kind} | {settings.rank} | {settings.alpha:g} | {settings.num_experts} | "
             f"{settings.vision_layer} |"
@@ -149,10 +153,27 @@ def build_card(config: HealthGPTConfig, record: dict) -> str:
         limits=LIMITS_DRAWING if draws else "It cannot draw: no plugin that draws was merged into it.",
         results=results,
         sources="\n".join(
-            f"| {file['file']} | {file['bytes']:,} | `{file['sha256']}` |" for file in record["sources"]
+            f"| {as_text(file['file'])} | {file['bytes']:,} | `{as_text(file['sha256'])}` |"
+            for file in record["sources"]
         ),
-        versions=", ".join(f"{library} {version}" for library, version in record["versions"].items()),
+        versions=", ".join(as_text(f"{library} {version}") for library, version in record["versions"].items()),
     )
+
+
+def as_text(name: str) -> str:
+    """A name as Markdown shows it, on one line: what would be markup or cannot be seen is escaped."""
+    return re.sub(r"[\\`*\[\]<>|&~#!$]", r"\\\g<0>", as_seen(name))
+
+
+def as_literal(name: str) -> str:
+    """A name as a string of Python; without a backtick, so that it cannot end a block of code either."""
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"').replace("`", r"\x60")
+    return f'"{as_seen(escaped)}"'
+
+
+def as_seen(name: str) -> str:
+    """A name whose line breaks, control characters and the like are written as Python escapes them."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def abilities(config: HealthGPTConfig) -> str:
@@ -165,5 +186,5 @@ def abilities(config: HealthGPTConfig) -> str:
 def rewrite_card(folder: Path, old: tuple[HealthGPTConfig, dict], new: tuple[HealthGPTConfig, dict]) -> None:
     """Brings a checkpoint's card up to date with its configuration and record; one that somebody else wrote stays as it is."""
     card = folder / CARD_NAME
-    if card.is_file() and card.read_text(encoding="utf-8") == build_card(*old):
-        card.write_text(build_card(*new), encoding="utf-8")
+    if card.is_file() and card.read_bytes() == build_card(*old).encode():
+        write_text(card, build_card(*new))

@@ -1,6 +1,5 @@
 """The three families of published models: how a base is recognised, tokenised and prompted."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from .sources import CheckpointError, reading
+from .confine import CheckpointError, read_json, reading, require_confined, require_no_pointer
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,22 +41,6 @@ FAMILIES = {
 }
 
 
-def read_json(path: Path) -> dict:
-    """
-    Raises:
-        CheckpointError: if the file is missing or no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return content
-
-
 def family_of(base: Path) -> Family:
     """
     The family of a base directory, from its `config.json` and `tokenizer_config.json`.
@@ -65,6 +48,7 @@ def family_of(base: Path) -> Family:
     Raises:
         CheckpointError: if the base is none that HealthGPT was published for.
     """
+    require_confined(base)
     model_type = str(read_json(base / "config.json").get("model_type"))
     tokenizer_class = str(read_json(base / "tokenizer_config.json").get("tokenizer_class")).removesuffix("Fast")
     if (model_type, tokenizer_class) not in FAMILIES:
@@ -128,6 +112,7 @@ def _sentencepiece(path, unk_token):
         ) from None
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.")
+    require_no_pointer(path)
     try:
         model = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
@@ -152,6 +137,7 @@ def _byte_level(base, tokenizer_class):
     for name in ("vocab.json", "merges.txt"):
         if not (base / name).is_file():
             raise CheckpointError(f"{base / name} does not exist.")
+        require_no_pointer(base / name)
     try:
         vocab, merges = BPE.read_file(str(base / "vocab.json"), str(base / "merges.txt"))
         tokenizer = Tokenizer(BPE(vocab, merges))

@@ -1,6 +1,7 @@
 """The Hub: sources named by repository instead of by path, and the finished checkpoint pushed."""
 
 import fnmatch
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -29,10 +30,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..configuration_healthgpt import HealthGPTConfig
 from .card import rewrite_card
-from .families import read_json
+from .confine import CheckpointError, inside, read_json, reading, require_no_links
 from .plan import ExportSources
-from .sources import CheckpointError
-from .write import RECORD_NAME, require_files, write_json
+from .write import RECORD_NAME, read_record, require_files, write_json
 
 CONFIGURATIONS = ["config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json"]
 CONFIGURATIONS += ["tokenizer.model", "vocab.json", "merges.txt"]
@@ -58,7 +58,7 @@ def fetch(sources: ExportSources, headers: Path | None = None) -> ExportSources:
     for field in fields(sources):
         name = str(getattr(sources, field.name))
         is_folder = field.name in ("base", "vision")
-        if is_folder and not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        if is_folder and not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
             name = f"hf://{name}"
         if name.startswith("hf://"):
             try:
@@ -87,7 +87,7 @@ def fetch_headers(uri, folder: Path) -> Path:
     """Downloads a model's configuration and tokenizer, and only the headers of its safetensors if it has some."""
     with asking(uri.id):
         names = HfApi().list_repo_files(uri.id, revision=uri.revision)
-        weights = fnmatch.filter(names, SAFETENSORS[0])
+        weights = [name for name in fnmatch.filter(names, SAFETENSORS[0]) if "/" not in name]
         if not weights:
             return fetch_folder(uri)
         folder.mkdir()
@@ -95,7 +95,10 @@ def fetch_headers(uri, folder: Path) -> Path:
             shutil.copyfile(hf_hub_download(uri.id, name, revision=uri.revision), folder / name)
         for name in weights:
             address = f"{uri.id}@{uri.revision}/{name}" if uri.revision else f"{uri.id}/{name}"
-            with HfFileSystem().open(address, block_size=2**16) as remote, open(folder / name, "wb") as file:
+            with (
+                HfFileSystem().open(address, block_size=2**16) as remote,
+                open(inside(folder, name, uri.id), "wb") as file,
+            ):
                 length = remote.read(8)
                 file.write(length + remote.read(int.from_bytes(length, "little")))
                 file.truncate(remote.size)
@@ -133,14 +136,17 @@ def push(folder: Path, repository: str, public: bool = False, create_pr: bool = 
         `str`: Where the upload can be seen.
 
     Raises:
-        CheckpointError: if a file is missing, or the Hub refuses or cannot be reached.
+        CheckpointError: if a file is missing or not in the folder itself, or the Hub refuses or cannot be reached.
     """
-    record = read_json(folder / RECORD_NAME)
+    folder = Path(folder)
+    require_no_links(folder)  # nor is anything uploaded through them
+    record = read_record(folder)
     files = record["files"]
     require_files(folder, files)
     named = record | {"name": repository}
-    config = HealthGPTConfig.from_dict(read_json(folder / "config.json"))
-    rewrite_card(folder, (config, record), (config, named))  # its snippet loads the repository
+    with reading(folder):
+        config = HealthGPTConfig.from_dict(read_json(folder / "config.json"))
+        rewrite_card(folder, (config, record), (config, named))  # its snippet loads the repository
     write_json(folder / RECORD_NAME, named)
     with asking(repository):
         api = HfApi()

@@ -12,10 +12,12 @@ import hashlib
 import json
 import logging
 import math
+import os
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from .. import __version__
 from ..conversations import conversation, prepare
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from .card import CARD_NAME, build_card
-from .families import read_json
+from .confine import CheckpointError, read_json, reading, require_no_links
 from .hub import fetch
 from .plan import ExportSources, Plan, build_plan
 from .presets import require_preset
@@ -41,11 +43,12 @@ from .quantize import (
     verify_quantized_shard,
     write_quantized_shard,
 )
-from .sources import CheckpointError, check_archive, reading
+from .sources import check_archive
 from .write import (
     MAX_SHARD_BYTES,
     RECORD_NAME,
     Advance,
+    read_record,
     require_files,
     split_into_shards,
     verify_shard,
@@ -72,7 +75,7 @@ SPACE_BESIDE_WEIGHTS = 50 * 10**6  # tokenizer, configuration, code
 
 
 class NotEnoughSpace(CheckpointError):
-    """The disk is too small for an export."""
+    """The disk is too small for an export; what an earlier run finished is kept."""
 
 
 def no_progress(stage: str, total: int) -> Advance:
@@ -107,71 +110,90 @@ def export(
         `Plan`: What was written.
 
     Raises:
-        CheckpointError: if a source cannot be used; then nothing is left behind.
-        NotEnoughSpace: if the disk is too small; then the weight files that an earlier run finished are kept.
-        FileExistsError: if the output folder has something else in it.
-        FileNotFoundError: if the folder around it does not exist.
+        CheckpointError: if a source cannot be used, the output folder has something else in it, or the folder around it does
+            not exist; then nothing is left behind. If the disk is too small, the weight files that an earlier run finished
+            are kept.
     """
-    output = Path(output).resolve()
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"The folder {output.parent}, in which {output.name} is to be made, does not exist.")
+    output = Path(output)
+    with writing(output):
+        output = output.resolve()
+        is_full = output.exists() and (not output.is_dir() or any(output.iterdir()))
+        if not output.parent.is_dir():
+            raise CheckpointError(f"The folder {output.parent}, in which {output.name} is to be made, does not exist.")
     if quantize is not None:
         require_bitsandbytes(quantize)
-    is_full = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if is_full and not (output / RECORD_NAME).is_file():
-        raise FileExistsError(f"{output} exists and is not an empty folder.")
+        raise CheckpointError(f"{output} exists and is not an empty folder.")
     local = fetch(sources)
     plan = build_plan(local, dtype)
     if preset is not None:
         require_preset(plan.config, preset)
     fingerprint = fingerprint_of(plan, local, quantize, preset)
     if is_full:
-        record = read_json(output / RECORD_NAME)
+        record = read_record(output)
         if record.get("fingerprint") != fingerprint:
-            raise FileExistsError(f"{output} exists and is not an empty folder: it holds another export.")
+            raise CheckpointError(f"{output} exists and is not an empty folder: it holds another export.")
         require_files(output, record["files"])
         return plan
 
     partial = output.parent / f".{output.name}.partial"
-    partial.mkdir(exist_ok=True)
-    lock = filelock.FileLock(partial / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise CheckpointError(f"Another export to {output} is under way.") from None
-    try:
-        with writing(output):
-            record = fill(partial, plan, fingerprint, quantize, progress)
-            is_local = Path(sources.base).exists()
-            record["base_model"] = None if is_local else str(sources.base).removeprefix("hf://").split("@")[0]
-            record |= {"name": output.name, "preset": preset}
-            (partial / CARD_NAME).write_text(build_card(plan.config, record), encoding="utf-8")
-            record["files"] = sorted(path.name for path in partial.iterdir() if path.name != ".lock")
-            write_json(partial / RECORD_NAME, record)  # `push` uploads these files and no others
-        if not skip_forward:
-            check_forward(plan, partial, progress)
-        (partial / ".lock").unlink()
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except NotEnoughSpace:
-        if not any(partial.rglob("*.safetensors")):
+    with alone(partial, output):
+        try:
+            with writing(output):
+                record = fill(partial, plan, fingerprint, quantize, progress)
+                is_local = Path(sources.base).exists()
+                record["base_model"] = None if is_local else str(sources.base).removeprefix("hf://").split("@")[0]
+                record |= {"name": output.name, "preset": preset}
+                (partial / CARD_NAME).write_text(build_card(plan.config, record), encoding="utf-8")
+                record["files"] = sorted(path.name for path in partial.iterdir() if path.name != ".lock")
+                write_json(partial / RECORD_NAME, record)  # `push` uploads these files and no others
+            if not skip_forward:
+                check_forward(plan, partial, progress)
+            with writing(output):
+                (partial / ".lock").unlink()
+                if output.exists():
+                    output.rmdir()
+                partial.rename(output)
+        except NotEnoughSpace:
+            if not any(partial.rglob("*.safetensors")):
+                shutil.rmtree(partial)
+            raise
+        except Exception:
+            # Nothing is swallowed: the error goes on as it came, once the half-written folder is gone. KeyboardInterrupt and
+            # SystemExit are no Exception, hence an interrupted export keeps its folder and can go on from there.
             shutil.rmtree(partial)
-        raise
-    except Exception:
-        # Nothing is swallowed: the error goes on as it came, once the half-written folder is gone. KeyboardInterrupt and
-        # SystemExit are no Exception, hence an interrupted export keeps its folder and can go on from there.
-        shutil.rmtree(partial)
-        raise
+            raise
+    return plan
+
+
+@contextmanager
+def alone(partial: Path, output: Path) -> Iterator[None]:
+    """
+    Makes the partial folder of an output if it is not there, and keeps other exports out of it.
+
+    Raises:
+        CheckpointError: if it cannot be made, it or one of its entries is a symbolic link, or another export has it.
+    """
+    with writing(output):
+        if partial.is_symlink():
+            raise CheckpointError(f"{partial}, in which the export is to be made, is a symbolic link: remove it.")
+        partial.mkdir(exist_ok=True)
+        require_no_links(partial)
+        lock = filelock.FileLock(partial / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise CheckpointError(f"Another export to {output} is under way.") from None
+    try:
+        yield
     finally:
         lock.release()
-    return plan
 
 
 def fill(partial, plan, fingerprint, quantize, progress) -> dict:
     """Makes the checkpoint in the partial folder, from whatever an earlier run left there, and returns its record."""
     record = partial / RECORD_NAME
-    if not record.is_file() or read_json(record)["fingerprint"] != fingerprint:
+    if not record.is_file() or read_json(record).get("fingerprint") != fingerprint:
         clear(partial)
         write_json(partial / RECORD_NAME, {"fingerprint": fingerprint})
     require_space(plan, partial, quantize)
@@ -252,12 +274,24 @@ def check_sources(plan: Plan, progress: Callable[[str, int], Advance]) -> list[d
                 digest.update(block)
                 advance(len(block))
         sha256 = digest.hexdigest()
-        # Files of the Hub's cache are links to blobs, which for large files are named by their SHA-256.
-        promised = path.resolve().name
+        promised = name_of_blob(path)
         if len(promised) == 64 and promised != sha256:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is {sha256}, but the Hub has {promised}.")
         records.append({"file": name_of(path), "bytes": path.stat().st_size, "sha256": sha256})
     return records
+
+
+def name_of_blob(path: Path) -> str:
+    """
+    Name of the blob that a file of the Hub's cache is a link to, for large files their SHA-256; else an empty string.
+
+    huggingface_hub 2 has blobs that are links in turn, to what repositories share: these have other hashes as names.
+    """
+    while path.is_symlink():
+        path = path.parent / os.readlink(path)
+        if path.parent.name == "blobs":
+            return path.name
+    return ""
 
 
 def name_of(path: Path) -> str:

@@ -20,8 +20,9 @@ from ..configuration_healthgpt import HealthGPTConfig, HealthGPTVQGANConfig, Tas
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from ..processing_healthgpt import CLIPImageProcessorPil, HealthGPTProcessor
 from . import rules
-from .families import Family, add_image_placeholder, add_image_tokens, build_tokenizer, family_of, read_json
-from .sources import CheckpointError, LazyTensor, read_directory, read_file, reading
+from .confine import CheckpointError, read_json, reading, require_confined
+from .families import Family, add_image_placeholder, add_image_tokens, build_tokenizer, family_of
+from .sources import LazyTensor, read_directory, read_file
 
 KINDS = {"comprehension": "text", "generation": "image"}  # what the published plugins put out
 PUBLISHED_NUM_CODES = 8192
@@ -388,6 +389,7 @@ def read_text_config(base: Path):
 
 
 def read_vision_config(vision: Path):
+    require_confined(vision)
     settings = read_json(vision / "config.json")
     settings = settings.get("vision_config", settings)
     with reading(vision / "config.json"):

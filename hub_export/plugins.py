@@ -6,35 +6,53 @@ A plugin alone is a folder with `plugin.safetensors`, whose tensors have the nam
 """
 
 import hashlib
-import shutil
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from ..configuration_healthgpt import HealthGPTConfig, TaskConfig
+from ..conversations import reserved_token
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from . import rules
-from .card import rewrite_card
-from .families import read_json
+from .card import build_card, rewrite_card
+from .confine import INDEX_NAME, CheckpointError, inside, read_json, reading, require_confined, require_no_links
 from .plan import KINDS, checkpoint_name, is_finite, list_names, task_config, transfers_of
-from .sources import CheckpointError, read_file, reading
-from .write import INDEX_NAME, RECORD_NAME, plugin_file, save_tensors, task_of, write_json, writing
+from .sources import read_file, read_index
+from .write import (
+    RECORD_NAME,
+    discard,
+    plugin_file,
+    read_record,
+    save_tensors,
+    task_of,
+    write_index,
+    write_json,
+    writing,
+)
 
 WEIGHTS_NAME, CONFIG_NAME = "plugin.safetensors", "plugin_config.json"
+PUBLISHED_NAME, FUSION_NAME = "hlora_weights.bin", "fusion_layer_weights.bin"
 SINGLE_NAME, NUMBERED_NAME = "model.safetensors", "model-00001-of-00001.safetensors"
+PROCESSOR_NAME = "processor_config.json"
 
 
 def list_plugins(checkpoint: Path) -> dict[str, dict[str, int]]:
-    """Number and bytes of the tensors that each task of a checkpoint owns."""
+    """
+    Number and bytes of the tensors that each task of a checkpoint owns.
+
+    Raises:
+        CheckpointError: if it is not a checkpoint, or one of its files is missing, damaged or not in its folder.
+    """
     config, weight_map = read_checkpoint(checkpoint)
     found = {task: {"tensors": 0, "bytes": 0} for task in config.tasks}
     for file in set(weight_map.values()):
         for name, tensor in read_file(checkpoint / file).items():
             task = task_of(name, config)
-            if task is not None:
+            if task in found:
                 found[task]["tensors"] += 1
                 found[task]["bytes"] += torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
     return found
@@ -47,56 +65,109 @@ def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = Fal
     Args:
         checkpoint (`Path`): An exported folder.
         task (`str`): Its task.
-        output (`Path`): Folder to make.
-        remove (`bool`, defaults to `False`): Whether the checkpoint then loses the task.
+        output (`Path`): Folder to make. With `remove` it may exist if it holds this very plugin: so the same call finishes what
+            was interrupted.
+        remove (`bool`, defaults to `False`): Whether the checkpoint then loses the task; only once the output is complete.
         published (`bool`, defaults to `False`): Whether to write the files and names that HealthGPT was published with:
             `hlora_weights.bin`, and `fusion_layer_weights.bin` if the task has token tables of its own.
 
     Raises:
-        CheckpointError: if there is no such task, or it cannot be taken out.
-        FileExistsError: if the output exists.
-        FileNotFoundError: if the folder that it shall lie in does not.
+        CheckpointError: if there is no such task, it cannot be taken out, a tensor of it is missing, or the output exists or
+            cannot be made; then the checkpoint is as it was.
     """
     config, weight_map = read_checkpoint(checkpoint)
+    with writing(output):
+        exists = os.path.lexists(output)
+        if not output.parent.is_dir():
+            raise CheckpointError(f"The folder {output.parent} does not exist.")
+    if remove:
+        require_changeable(checkpoint, config, set(weight_map.values()) - {plugin_file(task)})
     if task not in config.tasks:
-        raise CheckpointError(f"{checkpoint} has no task {task!r}; it has {', '.join(config.tasks)}.")
-    if output.exists():
-        raise FileExistsError(f"{output} exists already.")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"The folder {output.parent} does not exist.")
-    owned = {name for name in weight_map if task_of(name, config) == task}
-    copied, tables = owned, config.tasks[task].token_tables
+        if not (remove and exists and is_begun(checkpoint, task, output, config)):
+            raise CheckpointError(f"{checkpoint} has no task {task!r}; it has {', '.join(config.tasks)}.")
+        take_out(checkpoint, task, config, weight_map)
+        return
+    if exists and not remove:
+        raise CheckpointError(f"{output} exists already.")
+    owned = parts_of_task(config, task).keys()
+    copied, tables = set(owned), config.tasks[task].token_tables
     if published and tables is not None:  # other tasks may use them too
-        copied = owned | {f"model.token_embeddings.{tables}.weight", f"token_heads.{tables}.weight"}
+        copied |= {f"model.token_embeddings.{tables}.weight", f"token_heads.{tables}.weight"}
+    missing = sorted(copied - weight_map.keys())
+    if missing:
+        raise CheckpointError(f"The index of {checkpoint} lacks {list_names(missing)} of task {task!r}.")
+    if remove:
+        require_separate(checkpoint, task, config, weight_map, owned)
+    tensors = {}
+    for file in {weight_map[name] for name in copied}:
+        tensors |= read_whole(checkpoint / file, [name for name in copied if weight_map[name] == file])
+    if not exists:
+        save_plugin(output, task, config.tasks[task], tensors, published)
+    elif not is_kept(output, task, tensors):
+        raise CheckpointError(f"{output} exists already and holds something else than this plugin.")
+    if remove:
+        take_out(checkpoint, task, config, weight_map)
+
+
+def require_separate(checkpoint: Path, task: str, config: HealthGPTConfig, weight_map: dict[str, str], owned) -> None:
+    """
+    Raises:
+        CheckpointError: if a task cannot be taken out, since its weights are not in a file of their own or it is the last.
+    """
     files = {weight_map[name] for name in owned}
-    others = {name for name, file in weight_map.items() if file in files} - owned
-    if remove and others:
+    if files != {plugin_file(task)} or read_file(checkpoint / plugin_file(task)).keys() != owned:
         raise CheckpointError(
             f"Task {task!r} shares its weight file with other parts of {checkpoint} and cannot be taken out of it; only "
             "what `healthgpt export` or `plugin add` wrote has a file for each task."
         )
-    if remove and len(config.tasks) == 1:
+    if len(config.tasks) == 1:
         raise CheckpointError(f"Task {task!r} is the only one of {checkpoint} and cannot be taken out.")
-    tensors = {}
-    for file in {weight_map[name] for name in copied}:
-        with safe_open(checkpoint / file, framework="pt") as opened:
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys() if name in copied}
+
+
+def save_plugin(output: Path, task: str, settings: TaskConfig, tensors: dict[str, torch.Tensor], published: bool):
+    """Makes the folder of a plugin, which has its name only once it is whole."""
     partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     with writing(output, partial):
+        discard(partial)
         partial.mkdir()
         if published:
-            for file, content in published_files(task, tables, tensors).items():
+            for file, content in published_files(task, settings.token_tables, tensors).items():
                 torch.save(content, partial / file)
         else:
-            write_plugin(partial, task, asdict(config.tasks[task]), tensors)
+            write_plugin(partial, task, asdict(settings), tensors)
         partial.rename(output)
-    if remove:
-        weight_map = {name: file for name, file in weight_map.items() if name not in owned}
-        with writing(checkpoint):
-            update(checkpoint, weight_map, {name: asdict(kept) for name, kept in config.tasks.items() if name != task})
-            for file in files:
-                (checkpoint / file).unlink()
+
+
+def is_begun(checkpoint: Path, task: str, output: Path, config: HealthGPTConfig) -> bool:
+    """Whether an interrupted call has begun to take out a task: its file is there, is needed by no other and is kept in full."""
+    file = inside(checkpoint, plugin_file(task), checkpoint)
+    if not os.path.isfile(file):
+        return False
+    tensors = read_whole(file)
+    return shapes_of(config).keys().isdisjoint(tensors) and is_kept(output, task, tensors)
+
+
+def is_kept(folder: Path, task: str, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether the folder of a plugin, in either form, holds these tensors of a task, bit for bit."""
+    if (folder / CONFIG_NAME).is_file():
+        require_confined(folder)
+        kept = read_whole(folder / WEIGHTS_NAME) if read_json(folder / CONFIG_NAME).get("name") == task else {}
+    else:
+        tables = next((name.split(".")[1] for name in tensors if name.startswith("token_heads.")), task)
+        transfers = []
+        for file, table in ((PUBLISHED_NAME, rules.plugin(task)), (FUSION_NAME, rules.fusion(tables))):
+            if (folder / file).is_file():
+                transfers += transfers_of(read_file(folder / file), table, folder / file)[0]
+        kept = {transfer.target: transfer.read(transfer.tensor.dtype) for transfer in transfers}
+    return all(name in kept and torch.equal(kept[name], tensor) for name, tensor in tensors.items())
+
+
+def take_out(checkpoint: Path, task: str, config: HealthGPTConfig, weight_map: dict[str, str]) -> None:
+    """Removes a task, whose plugin is kept elsewhere, from a checkpoint: its weight file goes last."""
+    files = set(weight_map.values()) - {plugin_file(task)}
+    with writing(checkpoint):
+        update(checkpoint, files, {name: asdict(kept) for name, kept in config.tasks.items() if name != task})
+        (checkpoint / plugin_file(task)).unlink()
 
 
 def add_plugin(
@@ -126,7 +197,7 @@ def add_plugin(
             is as it was.
     """
     config, weight_map = read_checkpoint(checkpoint)
-    if plugin.is_file():
+    if os.path.isfile(plugin):
         name, task, tensors = read_published(plugin, name, kind, alpha, fusion, config)
         sources = [plugin] if fusion is None else [plugin, fusion]
     elif (kind, alpha, fusion) != (None, None, None):
@@ -147,18 +218,52 @@ def add_plugin(
         grown = HealthGPTConfig.from_dict(
             {**config.to_dict(), "tasks": {**config.to_dict()["tasks"], name: asdict(task)}}
         )
+        expected = parts_of_task(grown, name)
+    require_fitting(plugin, checkpoint, tensors, expected, grown.text_config.num_hidden_layers)
+    require_plain_prompt(plugin, checkpoint, task)
+    others = set(weight_map.values()) - {plugin_file(name)}
+    require_changeable(checkpoint, config, others)
+    # Token tables of the old plugin that other tasks use by now stay where they are.
+    kept = [key for key, file in weight_map.items() if file == plugin_file(name) and key not in replaced]
+    tensors |= read_whole(checkpoint / plugin_file(name), kept) if kept else {}
+    unfinished = checkpoint / f"{plugin_file(name)}.unfinished"
+    with writing(checkpoint, unfinished):
+        save_tensors(tensors, unfinished)
+        unfinished.rename(checkpoint / plugin_file(name))
+        tasks = {key: asdict(value) for key, value in grown.tasks.items()}
+        update(checkpoint, others | {plugin_file(name)}, tasks, sources)
+
+
+def shapes_of(config: HealthGPTConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors of a checkpoint."""
     with torch.device("meta"):
-        model = HealthGPTForConditionalGeneration(grown)
-    expected = {checkpoint_name(key): value.shape for key, value in model.state_dict().items()}
-    expected = {key: shape for key, shape in expected.items() if task_of(key, grown) == name}
+        model = HealthGPTForConditionalGeneration(config)
+    return {checkpoint_name(name): value.shape for name, value in model.state_dict().items()}
+
+
+def parts_of_task(config: HealthGPTConfig, task: str) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors that a task of a checkpoint owns."""
+    return {name: shape for name, shape in shapes_of(config).items() if task_of(name, config) == task}
+
+
+def require_fitting(
+    plugin: Path,
+    checkpoint: Path,
+    tensors: dict[str, torch.Tensor],
+    expected: dict[str, torch.Size],
+    num_layers: int,
+) -> None:
+    """
+    Raises:
+        CheckpointError: if a plugin's tensors are not those that the checkpoint expects, or are not finite.
+    """
     for problem, keys in (
         ("lacks", expected.keys() - tensors.keys()),
         ("has besides", tensors.keys() - expected.keys()),
     ):
         if keys:
             raise CheckpointError(
-                f"{plugin} does not fit the {grown.text_config.num_hidden_layers} layers of {checkpoint}: it {problem} "
-                f"{list_names(sorted(keys))}."
+                f"{plugin} does not fit the {num_layers} layers of {checkpoint}: it {problem} {list_names(sorted(keys))}."
             )
     for key, tensor in tensors.items():
         if tensor.shape != expected[key]:
@@ -169,33 +274,37 @@ def add_plugin(
             raise CheckpointError(f"{key} in {plugin} holds {tensor.dtype} instead of floating point numbers.")
         if not is_finite(tensor):
             raise CheckpointError(f"{key} in {plugin} has values that are NaN or infinite.")
-    # Token tables of the old plugin that other tasks use by now stay where they are.
-    kept = {key for key, file in weight_map.items() if file == plugin_file(name)} - replaced
-    if kept:
-        with safe_open(checkpoint / plugin_file(name), framework="pt") as file:
-            tensors |= {key: file.get_tensor(key) for key in kept}
-    unfinished = checkpoint / f"{plugin_file(name)}.unfinished"
-    weight_map = {key: file for key, file in weight_map.items() if key not in replaced}
-    weight_map |= dict.fromkeys(tensors, plugin_file(name))
-    with writing(checkpoint, unfinished):
-        save_tensors(tensors, unfinished)
-        unfinished.rename(checkpoint / plugin_file(name))
-        tasks = {key: asdict(value) for key, value in grown.tasks.items()}
-        update(checkpoint, weight_map, tasks, sources)
+
+
+def require_plain_prompt(plugin: Path, checkpoint: Path, task: TaskConfig) -> None:
+    """
+    Raises:
+        CheckpointError: if a plugin's default prompt is not text, or has a special token of the checkpoint's vocabulary.
+    """
+    if task.default_prompt is None:
+        return
+    if not isinstance(task.default_prompt, str):
+        raise CheckpointError(f"The default_prompt of {plugin} must be a text, got {task.default_prompt!r:.100}.")
+    file = inside(checkpoint, "tokenizer.json", checkpoint)
+    with reading(file):
+        token = reserved_token(Tokenizer.from_file(str(file)), task.default_prompt)
+    if token is not None:
+        raise CheckpointError(f"The default_prompt of {plugin} has {token}, a token that only the processor writes.")
 
 
 def read_plugin(
     folder: Path, name: str | None, config: HealthGPTConfig
 ) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
     """Name, settings and tensors of a plugin that lies alone, under the new name if there is one."""
-    if not (folder / CONFIG_NAME).is_file():
+    if not os.path.isfile(folder / CONFIG_NAME):
         raise CheckpointError(f"{folder} is no plugin: it has no {CONFIG_NAME}.")
+    require_confined(folder)
     content = read_json(folder / CONFIG_NAME)
     with reading(folder / CONFIG_NAME):
         old, task = content["name"], TaskConfig(**content["task"])
+        config.validate_task(old, task)
     name = old if name is None else name
-    read_file(folder / WEIGHTS_NAME)
-    tensors = load_file(folder / WEIGHTS_NAME)
+    tensors = read_whole(folder / WEIGHTS_NAME)
     names = {f".plugins.{old}.": f".plugins.{name}.", f".projectors.{old}.": f".projectors.{name}."}
     if f"token_heads.{task.token_tables}.weight" in tensors:
         tables = free_tables(name, config)
@@ -241,7 +350,7 @@ def published_files(task: str, tables: str | None, tensors: dict) -> dict[str, d
             name = key.removeprefix("model.").removeprefix("language_model.")
             name = name.replace(f".plugins.{task}.", ".").replace(f"projectors.{task}.", "mm_projector.")
             plugin[f"base_model.model.model.{name}"] = tensor
-    return {"hlora_weights.bin": plugin} | ({"fusion_layer_weights.bin": fusion} if fusion else {})
+    return {PUBLISHED_NAME: plugin} | ({FUSION_NAME: fusion} if fusion else {})
 
 
 def write_plugin(folder: Path, name: str, task: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -250,10 +359,25 @@ def write_plugin(folder: Path, name: str, task: dict, tensors: dict[str, torch.T
     write_json(folder / CONFIG_NAME, {"name": name, "task": task})
 
 
+def read_whole(file: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a safetensors file, all or those named.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or lacks one of them.
+    """
+    missing = sorted(set(names or []) - read_file(file).keys())
+    if missing:
+        raise CheckpointError(f"{file} lacks {list_names(missing)} that the index says it has.")
+    with reading(file), safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in (opened.keys() if names is None else names)}
+
+
 def read_checkpoint(checkpoint: Path) -> tuple[HealthGPTConfig, dict[str, str]]:
     """Configuration of a checkpoint and the file that each of its tensors lies in."""
-    if not (checkpoint / "config.json").is_file():
+    if not os.path.isfile(checkpoint / "config.json"):
         raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
+    require_confined(checkpoint)
     settings = read_json(checkpoint / "config.json")
     if settings.get("model_type") != HealthGPTConfig.model_type:
         raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint.")
@@ -261,42 +385,59 @@ def read_checkpoint(checkpoint: Path) -> tuple[HealthGPTConfig, dict[str, str]]:
         config = HealthGPTConfig.from_dict(settings)
     if (checkpoint / SINGLE_NAME).is_file():  # transformers too looks for it first
         return config, dict.fromkeys(read_file(checkpoint / SINGLE_NAME), SINGLE_NAME)
-    index = read_json(checkpoint / INDEX_NAME)
-    with reading(checkpoint / INDEX_NAME):
-        return config, dict(index["weight_map"])
+    return config, read_index(checkpoint / INDEX_NAME)
 
 
-def update(
-    checkpoint: Path, weight_map: dict[str, str], tasks: dict[str, dict], added: list[Path] | None = None
-) -> None:
+def require_changeable(checkpoint: Path, config: HealthGPTConfig, files: set[str]) -> None:
     """
-    Makes index, processor, configuration, record and card say the same.
+    Looks at all that a change will read, before anything is written.
 
-    `config.json` names the tasks. It is written last when a task is added and first when one is taken out, so that after
-    a kill in between `add_plugin` (with the plugin that was taken out) puts everything right.
+    Raises:
+        CheckpointError: if there are links, or one of the weight files, the processor's settings or the record cannot be used.
     """
-    config, processor = read_json(checkpoint / "config.json"), read_json(checkpoint / "processor_config.json")
-    old = HealthGPTConfig.from_dict(config)
+    require_no_links(checkpoint)
+    for file in files:
+        read_file(checkpoint / file)
+    read_json(checkpoint / PROCESSOR_NAME)
+    if (checkpoint / RECORD_NAME).is_file():
+        record = read_record(checkpoint)
+        with reading(checkpoint / RECORD_NAME):
+            build_card(config, record)
+
+
+def update(checkpoint: Path, files: set[str], tasks: dict[str, dict], added: list[Path] | None = None) -> None:
+    """
+    Makes index, processor, configuration, record and card say the same, of weight files that are there.
+
+    `config.json` names the tasks; the record and the card follow from it. It is written last when a task is added, and right
+    after these two when one is taken out, so that after a kill in between the same call, or `add_plugin` with the plugin that
+    was taken out, puts everything right.
+    """
+    config, processor = read_json(checkpoint / "config.json"), read_json(checkpoint / PROCESSOR_NAME)
+    old, renamed = HealthGPTConfig.from_dict(config), {SINGLE_NAME: NUMBERED_NAME}
     config |= {"tasks": tasks}
     if added is None:
+        update_record(checkpoint, old, HealthGPTConfig.from_dict(config), files)
         write_json(checkpoint / "config.json", config)
     keys = ("kind", "default_prompt")
     processor["tasks"] = {name: {key: task[key] for key in keys} for name, task in tasks.items()}
-    write_json(checkpoint / "processor_config.json", processor)
-    total = sum((checkpoint / file).stat().st_size for file in set(weight_map.values()))
-    weight_map = {name: NUMBERED_NAME if file == SINGLE_NAME else file for name, file in weight_map.items()}
-    write_json(checkpoint / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    if (checkpoint / SINGLE_NAME).exists():  # of one file of all weights the index would not be read
+    write_json(checkpoint / PROCESSOR_NAME, processor)
+    write_index(checkpoint, sorted(files), renamed)
+    if SINGLE_NAME in files:  # of one file of all weights the index would not be read
         (checkpoint / SINGLE_NAME).rename(checkpoint / NUMBERED_NAME)
-    if (checkpoint / RECORD_NAME).is_file():
-        update_record(checkpoint, old, HealthGPTConfig.from_dict(config), set(weight_map.values()), added)
     if added is not None:
+        weights = {renamed.get(file, file) for file in files}
+        update_record(checkpoint, old, HealthGPTConfig.from_dict(config), weights, added)
         write_json(checkpoint / "config.json", config)
 
 
-def update_record(checkpoint: Path, old: HealthGPTConfig, new: HealthGPTConfig, weights: set[str], added) -> None:
-    """Brings record and model card up to date; a card that somebody else has written stays as it is."""
-    before = read_json(checkpoint / RECORD_NAME)
+def update_record(
+    checkpoint: Path, old: HealthGPTConfig, new: HealthGPTConfig, weights: set[str], added: list[Path] | None = None
+) -> None:
+    """Brings record and model card, if there are some, up to date; a card that somebody else has written stays as it is."""
+    if not (checkpoint / RECORD_NAME).is_file():
+        return
+    before = read_record(checkpoint)
     record = dict(before)
     others = {file for file in record["files"] if not file.endswith(".safetensors")}
     record |= {"fingerprint": None, "files": sorted(others | weights)}

@@ -5,12 +5,10 @@ safetensors hold no code. Pickles go through torch's `weights_only` unpickler, w
 nothing else; what a Lightning checkpoint names besides becomes an inert placeholder.
 """
 
-import json
 import math
-import re
+import os
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,25 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors_healthgpt import HealthGPTError
-
-
-class CheckpointError(HealthGPTError):
-    """A source file that cannot be used; the message is one sentence that says why."""
-
-
-@contextmanager
-def reading(origin: str | Path):
-    """Turns whatever a library raises over the content of a file into one sentence that names the file."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except KeyError as error:
-        raise CheckpointError(f"{origin} cannot be used: it lacks the entry {error}.") from error
-    except Exception as error:  # configuration classes, parsers and torch raise a dozen types
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise CheckpointError(f"{origin} cannot be used: {reason}.") from error
+from .confine import CheckpointError, inside, read_json, reading, require_no_pointer
 
 
 @dataclass(frozen=True)
@@ -83,16 +63,28 @@ def read_directory(path: str | Path) -> dict[str, LazyTensor]:
     """
     path = Path(path)
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{name}.index.json"
-        if (path / name).is_file():
-            return read_file(path / name)
+        single, index = inside(path, name, path), inside(path, f"{name}.index.json", path)
+        if single.is_file():
+            return read_file(single)
         if index.is_file():
-            with reading(index):
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if not all(isinstance(shard, str) and re.fullmatch(r"[\w.-]+", shard) for shard in shards):
-                raise CheckpointError(f"{index} is no index of shards: it must name files beside it.")
+            shards = sorted(set(read_index(index).values()))
             return {key: tensor for shard in shards for key, tensor in read_file(path / shard).items()}
     raise CheckpointError(f"{path} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index.")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """
+    The file of every tensor, by an index of shards.
+
+    Raises:
+        CheckpointError: if the file is not an index, or names something that is not in its folder.
+    """
+    content = read_json(path)
+    with reading(path):
+        weight_map = dict(content["weight_map"])
+    for name in weight_map.values():
+        inside(path.parent, name, path)
+    return weight_map
 
 
 def read_file(path: str | Path) -> dict[str, LazyTensor]:
@@ -103,8 +95,9 @@ def read_file(path: str | Path) -> dict[str, LazyTensor]:
         CheckpointError: if the file is missing, damaged, no such file, or holds something else than tensors.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist.")
+    require_no_pointer(path)
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty: it has zero bytes.")
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)

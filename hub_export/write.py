@@ -21,11 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .confine import INDEX_NAME, CheckpointError, inside, read_json, reading
 from .plan import Plan, Transfer
-from .sources import CheckpointError, read_file
+from .sources import read_file
 
 MAX_SHARD_BYTES = 5 * 10**9
-INDEX_NAME = "model.safetensors.index.json"
 RECORD_NAME = "healthgpt_export.json"
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -161,21 +161,34 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def write_index(folder: Path, files: list[str]) -> None:
-    """Writes which of the weight files each tensor lies in."""
-    tensors = {name: read_file(folder / name) for name in files}
-    total = sum(
-        math.prod(tensor.shape) * tensor.dtype.itemsize for part in tensors.values() for tensor in part.values()
-    )
-    weight_map = {tensor: name for name, part in tensors.items() for tensor in part}
+def write_index(folder: Path, files: list[str], renamed: dict[str, str] | None = None) -> None:
+    """
+    Writes the index of a checkpoint: the file of each tensor, and as `total_size` the bytes of all tensors, as transformers and
+    huggingface_hub count them.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        files (`list[str]`): Names of its weight files.
+        renamed (`dict[str, str]`, *optional*): Names that files have in the index, if they differ.
+    """
+    total, weight_map = 0, {}
+    for name in files:
+        tensors = read_file(folder / name)
+        total += sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+        weight_map |= dict.fromkeys(tensors, (renamed or {}).get(name, name))
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_json(path: Path, content: dict) -> None:
     """Writes a file that is there whole or, after a kill, as it was."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a file that is there whole or, after a kill, as it was."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with writing(path, unfinished):
-        unfinished.write_text(json.dumps(content, indent=2) + "\n")
+        unfinished.write_text(content, encoding="utf-8")
         unfinished.rename(path)
 
 
@@ -192,12 +205,18 @@ def writing(target: Path, partial: Path | None = None) -> Iterator[None]:
     except CheckpointError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        if partial is not None and partial.is_dir():
-            shutil.rmtree(partial)
-        elif partial is not None:
-            partial.unlink(missing_ok=True)
+        if partial is not None:
+            discard(partial)
         reason = " ".join(str(error).split()).rstrip(".")
         raise CheckpointError(f"{target} could not be written, and nothing was kept: {reason}.") from error
+
+
+def discard(path: Path) -> None:
+    """Removes a file, or a folder with all that it holds, if there is one; of a link the link alone."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def verify_shard(plan: Plan, transfers: list[Transfer], path: Path, advance: Advance) -> None:
@@ -224,12 +243,27 @@ def verify_shard(plan: Plan, transfers: list[Transfer], path: Path, advance: Adv
             advance(piece.nbytes)
 
 
+def read_record(folder: Path) -> dict:
+    """
+    What an export wrote about itself: the content of `healthgpt_export.json`.
+
+    Raises:
+        CheckpointError: if it is missing or no such record, or names files elsewhere than in the folder.
+    """
+    path = inside(folder, RECORD_NAME, folder)
+    record = read_json(path)
+    with reading(path):
+        for name in record["files"]:
+            inside(folder, name, path)
+    return record
+
+
 def require_files(folder: Path, files: list[str]) -> None:
     """
     Raises:
         CheckpointError: if a finished checkpoint lacks one of its files, or a weight file is cut off.
     """
-    missing = [name for name in files if not (folder / name).is_file()]
+    missing = [name for name in files if not os.path.isfile(folder / name)]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing)}, which the export wrote: remove it and export again."

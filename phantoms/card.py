@@ -2,7 +2,7 @@
 
 from huggingface_hub import ModelCardData
 
-from ..hub_export.card import ASK_TASK, DRAW_TASK, LOAD
+from ..hub_export.card import ASK_TASK, DRAW_TASK, LOAD, as_literal
 
 CARD = """---
 {front_matter}
@@ -114,7 +114,9 @@ def nano_card(
         front_matter=data.to_yaml(),
         name=name,
         parameters=parameters / 1e6,
-        snippet=LOAD.format(name=name) + ASK_TASK.format(task="comprehension") + DRAW_TASK.format(task="generation"),
+        snippet=LOAD.format(name=as_literal(name))
+        + ASK_TASK.format(task="comprehension")
+        + DRAW_TASK.format(task="generation"),
         questions=next(iter(own["answers"].values()))["count"],
         drawings=next(iter(own["pictures"].values()))["drawn"]["SSIM"]["count"],
         answers="\n".join(answers),

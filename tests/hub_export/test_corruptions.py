@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import weights_of
-from fuzz_export import spoil_and_export
+from fuzz_export import lead_elsewhere_and_export, spoil_and_change, spoil_and_export
 
 CASES = {
     "change_tensors": {"refused": [0, 9, 11, 24, 25], "identical": [12], "faithful": [65]},
@@ -11,6 +11,8 @@ CASES = {
     "splice": {"refused": [5, 29, 30, 33], "identical": [17], "faithful": [6]},
     "truncate": {"refused": [7, 13, 8, 88]},
 }
+
+ELSEWHERE = [("index", "refused"), ("link", "refused"), ("link within", "identical")]
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,13 @@ CASES = {
 )
 def test_a_spoilt_file_is_refused_or_provably_right(checkpoints, corruption, outcome, seed):
     assert spoil_and_export(seed, weights_of(checkpoints("m3").folder)) == (corruption, outcome)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sources_that_lead_elsewhere_are_refused(checkpoints, seed):
+    assert lead_elsewhere_and_export(seed, weights_of(checkpoints("m3").folder)) in ELSEWHERE
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_plugin_commands_on_what_is_spoilt_touch_nothing_else(checkpoints, seed):
+    spoil_and_change(seed, checkpoints("m3").folder)

@@ -50,7 +50,7 @@ def python(hub, home, script, *arguments, offline=False, token=TOKEN):
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": token,
-        "PYTHONPATH": str(TESTS),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "HF_HUB_OFFLINE": "1" if offline else "0",
     }
     script = script.replace(
@@ -319,3 +319,20 @@ def test_what_cannot_be_pushed_is_said_before_anything_is_sent(hub, tmp_path, ch
     refused = python(hub, tmp_path, *main(*arguments, "--public"))
     assert refused.returncode == 1 and "go with --push-to-hub" in refused.stderr
     assert not (tmp_path / "out").exists() and "user/tiny" not in hub.repositories
+
+
+def test_a_checkpoint_by_its_name_whose_index_leads_out_of_the_cache(hub, tmp_path, checkpoints):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints("l14").folder, folder)
+    put(hub, "user/tiny", folder)
+    known = python(hub, tmp_path, *main("info", "user/tiny", "--json"))
+    assert known.returncode == 0 and list(json.loads(known.stdout)["tasks"]) == ["comprehension"], known.stderr
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    [first, *_] = index["weight_map"]
+    index["weight_map"][first] = "../../../../outside.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    put(hub, "user/tiny", folder)
+    shutil.copy(folder / "model-00001-of-00001.safetensors", tmp_path / "outside.safetensors")
+    refused = python(hub, tmp_path, *main("ask", "-c", "user/tiny", "What?"))
+    assert refused.returncode == 1 and "names the file '../../../../outside.safetensors'" in refused.stderr
+    assert not [path for _, path in hub.requests if path.endswith(".safetensors")]

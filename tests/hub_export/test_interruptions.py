@@ -32,7 +32,7 @@ def test_a_finished_folder_counts_only_if_it_is_whole_and_of_the_same_settings(f
         path = output.parent / "m3" / name
         before = path.read_text()
         path.write_text(json.dumps(json.loads(before) | change))
-        with pytest.raises(FileExistsError, match="it holds another export"):
+        with pytest.raises(CheckpointError, match="it holds another export"):
             export(sources, output)
         path.write_text(before)
     export(sources, output)
@@ -156,7 +156,12 @@ export(sources_of(GOLDEN / "m3"), sys.argv[1], progress=progress)
 @pytest.mark.parametrize("moment", ["Checking", "Writing", "moved", "Verifying"])
 def test_a_kill_leaves_nothing_and_the_next_run_finishes(tmp_path, moment):
     output = tmp_path / "out"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, output], stdout=subprocess.PIPE, text=True, env=environment
     )

@@ -73,12 +73,12 @@ def test_an_empty_output_folder_is_used_and_a_full_one_refused(files):
     export(sources, output)
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
     export(sources, output)  # the same export again has nothing to do
-    with pytest.raises(FileExistsError, match="is not an empty folder: it holds another export"):
+    with pytest.raises(CheckpointError, match="is not an empty folder: it holds another export"):
         export(sources, output, dtype="bfloat16")
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
     (output.parent / "other").mkdir()
     (output.parent / "other/notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not an empty folder"):
+    with pytest.raises(CheckpointError, match="is not an empty folder"):
         export(sources, output.parent / "other")
 
 
@@ -390,7 +390,7 @@ def test_a_tied_base_may_store_its_head_if_it_is_the_same(files):
 
 def test_the_output_folder_may_be_a_dot_or_a_link_but_not_in_a_missing_folder(files, monkeypatch):
     sources, output = files
-    with pytest.raises(FileNotFoundError, match="in which out is to be made, does not exist"):
+    with pytest.raises(CheckpointError, match="in which out is to be made, does not exist"):
         export(sources, output.parent / "a" / "b" / "out")
     assert [path.name for path in output.parent.iterdir()] == ["m3"]
     for name in ("here", "there"):

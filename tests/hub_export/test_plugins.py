@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import GOLDEN, full_disk, inputs_of, sources_of, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from healthgpt.hub_export import CheckpointError, export, plugins
+from healthgpt.hub_export import CheckpointError, export
 from healthgpt.hub_export.plugins import add_plugin, extract_plugin, list_plugins
 
 
@@ -59,7 +60,7 @@ def test_a_plugin_taken_out_and_put_in_again_under_another_name(folder, tmp_path
     assert record["sources"][-1]["file"] == "plugin.safetensors"
     card = (folder / "README.md").read_text()
     assert "| `ct_to_mri` | image |" in card and "| `generation` |" not in card and 'task="ct_to_mri"' in card
-    with pytest.raises(FileExistsError, match="it holds another export"):
+    with pytest.raises(CheckpointError, match="it holds another export"):
         export(sources_of(GOLDEN / "m3"), folder)
 
 
@@ -93,30 +94,100 @@ def test_a_published_file_put_in(folder, tmp_path):
     assert list(list_plugins(folder)) == ["comprehension", "ct_to_mri", "of_the_base"]
 
 
-@pytest.mark.parametrize("stop", range(4))
-def test_a_kill_while_a_plugin_is_added_or_taken_out_is_put_right_by_adding_it(folder, tmp_path, monkeypatch, stop):
-    case = json.loads((GOLDEN / "m3/cases.json").read_text())["cases"][4]
-    extract_plugin(folder, "generation", tmp_path / "plugin")
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    def killed(call):
-        count = itertools.count()
 
-        def write_json(path, content):
-            if path.parent == folder and next(count) == stop:
+def kill_before_change(monkeypatch, number, call):
+    """Calls, and ends the call before it renames or removes something for the so-manieth time; whether it came so far."""
+    count = itertools.count()
+
+    def counted(method):
+        def change(path, *arguments, **options):
+            if next(count) == number:
                 raise KeyboardInterrupt
-            plugins_write_json(path, content)
+            return method(path, *arguments, **options)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(plugins, "write_json", write_json)
+        return change
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "unlink"):
+            patch.setattr(Path, name, counted(getattr(Path, name)))
+        try:
             call()
+        except KeyboardInterrupt:
+            return True
+    return False
 
-    plugins_write_json = plugins.write_json
-    killed(lambda: add_plugin(folder, tmp_path / "plugin", name="other"))
-    add_plugin(folder, tmp_path / "plugin", name="other")
-    killed(lambda: extract_plugin(folder, "generation", tmp_path / "again", remove=True))
-    if stop > 0:
-        add_plugin(folder, tmp_path / "again")
-    assert answers(folder, case, "generation") and answers(folder, case, "other")
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_plugin_taken_out_by_an_interrupted_call_is_taken_out_by_the_same_call_again(
+    folder, tmp_path, monkeypatch, published
+):
+    whole = files_of(folder)
+
+    def take_out():
+        extract_plugin(folder, "generation", tmp_path / "plugin", remove=True, published=published)
+
+    take_out()
+    taken_out, plugin = files_of(folder), files_of(tmp_path / "plugin")
+    assert taken_out.keys() == whole.keys() - {"model-plugin_generation-00001-of-00001.safetensors"}
+    for number in itertools.count():
+        for place in (folder, tmp_path / "plugin"):
+            shutil.rmtree(place)
+        folder.mkdir()
+        for name, content in whole.items():
+            (folder / name).write_bytes(content)
+        if not kill_before_change(monkeypatch, number, take_out):
+            break
+        if "model-plugin_generation-00001-of-00001.safetensors" not in files_of(folder):
+            assert files_of(tmp_path / "plugin") == plugin
+        take_out()
+        assert (files_of(folder), files_of(tmp_path / "plugin")) == (taken_out, plugin), number
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "plugin"}
+    assert number > 5
+    with pytest.raises(CheckpointError, match="no task 'generation'; it has comprehension"):
+        take_out()
+
+
+def test_a_plugin_added_by_an_interrupted_call_is_added_by_the_same_call_again(folder, tmp_path, monkeypatch):
+    extract_plugin(folder, "generation", tmp_path / "plugin")
+    whole = files_of(folder)
+
+    def add():
+        add_plugin(folder, tmp_path / "plugin", name="other")
+
+    add()
+    added = files_of(folder)
+    for number in itertools.count():
+        shutil.rmtree(folder)
+        folder.mkdir()
+        for name, content in whole.items():
+            (folder / name).write_bytes(content)
+        if not kill_before_change(monkeypatch, number, add):
+            break
+        add()
+        assert files_of(folder) == added, number
+    assert number > 4
+
+
+def test_the_size_in_the_index_is_that_of_all_tensors_whatever_is_taken_out_and_put_back(folder, tmp_path):
+    def index():
+        return json.loads((folder / "model.safetensors.index.json").read_text())
+
+    def expected():
+        return sum(tensor.nbytes for tensor in weights_of(folder).values())
+
+    before = index()
+    assert before["metadata"]["total_size"] == expected()
+    extract_plugin(folder, "generation", tmp_path / "plugin", remove=True)
+    assert index()["metadata"]["total_size"] == expected() < before["metadata"]["total_size"]
+    add_plugin(folder, tmp_path / "plugin")
+    assert index() == before
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="500KB")
+    saved = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
+    assert saved["metadata"]["total_size"] == before["metadata"]["total_size"]
 
 
 def test_a_plugin_goes_back_to_the_published_files(folder, tmp_path):
@@ -211,10 +282,14 @@ def test_what_does_not_fit_leaves_the_checkpoint_as_it_was(folder, tmp_path, che
     ):
         with pytest.raises(CheckpointError, match=message):
             call()
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         extract_plugin(folder, "generation", plugin)
-    with pytest.raises(FileNotFoundError, match=r"The folder .*nowhere does not exist\.$"):
-        extract_plugin(folder, "generation", tmp_path / "nowhere/x")
+    for output, message in (("nowhere/x", r"The folder .*nowhere does not exist\.$"), ("x" * 300, "name too long")):
+        with pytest.raises(CheckpointError, match=message):
+            extract_plugin(folder, "generation", tmp_path / output)
+    for name in ("x" * 300, "x" * 240):
+        with pytest.raises(CheckpointError, match="name too long"):
+            add_plugin(folder, plugin, name=name)
     for call in (
         lambda: add_plugin(folder, plugin, name="other"),
         lambda: extract_plugin(folder, "generation", tmp_path / "x"),

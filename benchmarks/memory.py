@@ -25,7 +25,6 @@ import importlib
 import logging
 import re
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -46,6 +45,7 @@ from ..hub_export.quantize import BASE_WEIGHT
 from ..hub_export.sources import reading
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from ..phantoms import drawing_sample
+from ..refusals import files, loading, memory, temporary_folder
 
 BITS = {
     "8bit": {"load_in_8bit": True},
@@ -64,6 +64,7 @@ BYTES = {
 PRECISIONS = tuple(BYTES)
 COLUMNS = ("file", "resident", "peak", "load", "first token", "tokens/s", "KL", "top-1", "codes", "PSNR")
 QUESTION = "Describe this picture."
+STATUS = Path("/proc/self/status")
 
 
 @dataclass
@@ -121,10 +122,11 @@ def measure(
             disk, which is slow, but the numbers to compare with are right.
 
     Raises:
-        HealthGPTError: if the checkpoint cannot be loaded in this precision, or memory runs out.
+        HealthGPTError: if the checkpoint cannot be loaded in this precision, memory runs out, or nothing tells how much is used.
     """
+    require_memory_figures()
     answer = None if reference is None else reference.answer
-    with tempfile.TemporaryDirectory() as folder:
+    with memory(), temporary_folder() as folder:
         settings = {"dtype": precision}
         if cpu_memory is not None:
             settings |= {"device_map": "auto", "max_memory": {"cpu": cpu_memory}, "offload_folder": folder}
@@ -171,8 +173,12 @@ def prepare_process() -> None:
 
 def quantise(checkpoint: str | Path, precision: str, output: str) -> None:
     settings = {"quantization_config": BitsAndBytesConfig(**BITS[precision]), "device_map": {"": "cpu"}}
-    load(checkpoint, dtype="bfloat16", **settings).save_pretrained(output)
-    AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(output)
+    model = load(checkpoint, dtype="bfloat16", **settings)
+    with loading(checkpoint):
+        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    with files(output, "written"):
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
 
 
 def load(checkpoint: str | Path, **settings):
@@ -190,7 +196,8 @@ def run(
     reference: list[int] | None,
 ) -> Measurement:
     """Loads a checkpoint with settings of `from_pretrained`, answers and draws; `reference` is an answer to compare."""
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    with loading(checkpoint):
+        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     if precision in BITS:
         importlib.import_module("bitsandbytes")  # neither its time nor its memory is that of the weights
     before = gigabytes("VmRSS")
@@ -252,6 +259,15 @@ class Clock:
         pass
 
 
+def require_memory_figures() -> None:
+    """
+    Raises:
+        HealthGPTError: where the system has no file that tells the memory of a process.
+    """
+    if not STATUS.is_file():
+        raise HealthGPTError(f"The memory of a process is read from {STATUS}, which Linux has, and which is not here.")
+
+
 def gigabytes(field: str) -> float:
     """Memory of this process: `VmRSS` now, `VmHWM` at most (unlike that of getrusage, without its parent's)."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())[1]) * 1024 / 1e9

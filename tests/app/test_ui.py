@@ -106,4 +106,4 @@ def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "healthgpt.app.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with kept_port() as port:
-        assert refused(monkeypatch, capsys, port) == "Error: this needs gradio: pip install healthgpt[ui].\n"
+        assert refused(monkeypatch, capsys, port) == "Error: This needs gradio: pip install healthgpt[ui].\n"

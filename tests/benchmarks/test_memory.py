@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from healthgpt import HealthGPTConfig
 from healthgpt.app.cli import app
 from healthgpt.benchmarks import memory
+from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.phantoms import drawing_sample
 
 SAMPLE = drawing_sample("test", 0, "reconstruction")
@@ -169,14 +170,14 @@ def test_mistakes_are_answered_in_one_sentence_before_anything_is_measured(folde
             "There is no precision 'int3'; choose from float32, bfloat16, float16, 8bit, ",
         ),
         (["--cpu-memory", "much"], "--cpu-memory is a size such as 12GB or 500MB, not 'much'."),
-        (["--precisions", "float32,8bit"], "import of accelerate halted"),
+        (["--precisions", "float32,8bit"], "This needs accelerate: pip install healthgpt[train]."),
         (["-c", "nowhere"], "nowhere is neither a folder nor a Hub repository"),
         (["-c", tmp_path / "quantised"], "quantised is quantised already: name the checkpoint that it was made from."),
         (["-c", tmp_path / "silent"], "silent has no task that answers in words"),
     ):
         result = bench(*arguments)
         assert (
-            isinstance(result.exception, (ValueError, ModuleNotFoundError))
+            isinstance(result.exception, HealthGPTError)
             and message in str(result.exception)
             and not result.stdout
         )

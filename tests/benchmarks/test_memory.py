@@ -176,11 +176,7 @@ def test_mistakes_are_answered_in_one_sentence_before_anything_is_measured(folde
         (["-c", tmp_path / "silent"], "silent has no task that answers in words"),
     ):
         result = bench(*arguments)
-        assert (
-            isinstance(result.exception, HealthGPTError)
-            and message in str(result.exception)
-            and not result.stdout
-        )
+        assert isinstance(result.exception, HealthGPTError) and message in str(result.exception) and not result.stdout
         assert "\n" not in str(result.exception)
     assert bench("--tokens", "1").exit_code == 2
 

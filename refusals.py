@@ -23,6 +23,9 @@ EXTRA_OF |= {
 }
 EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui", "bitsandbytes": "quantization", "torchao": "torchao"}
 
+# In errors that are no OSErrors: safetensors and torch.save on a full disk, and pathlib before Python 3.13.
+REFUSED = ("I/O error", "PytorchStreamWriter", "inline_container", "Symlink loop")
+
 TOO_LITTLE_MEMORY = (
     "The device has too little memory for this: give fewer images, a smaller batch, or load a quantised checkpoint."
 )
@@ -63,9 +66,10 @@ def files(path: str | Path, done: str = "read") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise HealthGPTError(f"{path} cannot be {done}: {reason_of(error)}.") from error
-    except (SafetensorError, RuntimeError) as error:  # with which safetensors and torch.save tell of a full disk
-        if not any(sign in str(error) for sign in ("I/O error", "PytorchStreamWriter", "inline_container")):
+        within = "" if error.filename in (None, str(path)) else f"{error.filename}: "
+        raise HealthGPTError(f"{path} cannot be {done}: {within}{reason_of(error)}.") from error
+    except (SafetensorError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in REFUSED):
             raise
         raise HealthGPTError(f"{path} cannot be {done}: {reason_of(error)}.") from error
 

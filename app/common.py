@@ -78,7 +78,14 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
         HealthGPTError: if there is none, a part of it is missing or damaged, or it does not fit this machine.
     """
     with loading(checkpoint), memory(), extras():
-        return load_parts(checkpoint, device, dtype)
+        model, processor = load_parts(checkpoint, device, dtype)
+    tokenizer = getattr(
+        processor, "tokenizer", None
+    )  # transformers takes a tokenizer for a processor that it does not find
+    if tokenizer is None or tokenizer.pad_token is None:
+        name = "processor" if tokenizer is None else "tokenizer"
+        raise HealthGPTError(f"{checkpoint} cannot be loaded: its {name}_config.json is missing or incomplete.")
+    return model, processor
 
 
 def load_parts(checkpoint: str, device: str | None, dtype: str | None):
@@ -107,7 +114,7 @@ def load_parts(checkpoint: str, device: str | None, dtype: str | None):
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process one of its own
         device = device or (gpu if torch.cuda.is_available() else "cpu")
         try:
-            torch.empty(0, device=device)
+            torch.zeros((), device=device).item()
         except (RuntimeError, AssertionError) as error:
             reason = str(error).split("\n")[0]
             raise HealthGPTError(f"The device {device!r} cannot be used here: {reason}.") from error
@@ -152,7 +159,9 @@ def require_checkpoint(checkpoint: str) -> dict:
         raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
     from transformers import PreTrainedConfig
 
+    from ..configuration_healthgpt import HealthGPTConfig
     from ..hub_export.families import read_json
+    from ..hub_export.sources import reading
 
     for name in JSON_FILES if is_folder else ():  # of which transformers takes for granted that they hold objects
         if os.path.isfile(Path(checkpoint) / name):
@@ -165,6 +174,8 @@ def require_checkpoint(checkpoint: str) -> dict:
         raise HealthGPTError(
             f"{checkpoint} is no HealthGPT checkpoint: its config.json is that of a {model_type} model."
         )
+    with reading(f"The config.json of {checkpoint}"):
+        HealthGPTConfig.from_dict(config)
     return config
 
 

@@ -82,8 +82,9 @@ class NamelessParser(route_utils.GradioMultiPartParser):
     def on_headers_finished(self) -> None:
         super().on_headers_finished()
         file = self._current_part.file
-        if file is not None:
-            file.filename = secrets.token_hex(8) + known_ending(file.filename or "")
+        if file is None:  # of any length, in memory
+            raise route_utils.MultiPartException("An upload holds files and nothing else.")
+        file.filename = secrets.token_hex(8) + known_ending(file.filename or "")
 
 
 def known_ending(name: str) -> str:

@@ -243,15 +243,16 @@ def trainer_of(options: SimpleNamespace, model, processor, samples, held_out, tr
         for path, rows in ((options.data, samples), (options.eval_data, held_out)):
             if rows is not None:
                 collator.check(progress.track(rows, description="Trying every line"), path, needs_pictures)
-    trainer = HealthGPTTrainer(
-        model,
-        recipe,
-        trained,
-        args=arguments,
-        train_dataset=samples,
-        eval_dataset=held_out,
-        data_collator=collator,
-    )
+    with files(options.output, "made"):
+        trainer = HealthGPTTrainer(
+            model,
+            recipe,
+            trained,
+            args=arguments,
+            train_dataset=samples,
+            eval_dataset=held_out,
+            data_collator=collator,
+        )
     return trainer, answering
 
 

@@ -56,11 +56,13 @@ def ui(
 
         runner = Runner(*load(checkpoint, device, dtype))
         output = sys.stdout
-        with ExitStack() as log, files(folder, "written"):
+        with ExitStack() as quiet, files(folder, "written"):
+            quiet.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
+            tempfile.tempdir = str(folder)  # of requests too that were broken off
             if not debug:  # Gradio and its server print tracebacks with what clients send
-                nothing = log.enter_context(open(os.devnull, "w"))
-                log.enter_context(redirect_stdout(nothing))
-                log.enter_context(redirect_stderr(nothing))
+                nothing = quiet.enter_context(open(os.devnull, "w"))
+                quiet.enter_context(redirect_stdout(nothing))
+                quiet.enter_context(redirect_stderr(nothing))
             shown_host = f"[{host}]" if ":" in host else host
             page = serve(runner, shown_host, port, checkpoint == NANO, limit, debug)
             typer.echo(f"The page is at {page.local_url} until Ctrl-C.", file=output)
@@ -120,7 +122,7 @@ def require_port(host: str, port: int) -> None:
     try:
         family = socket.getaddrinfo(host, port)[0][0]
         socket.create_server((host, port), family=family).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # of a host's name that is too long
         raise HealthGPTError(
             f"Port {port} of {host} is taken, not permitted or not of this machine: choose others with --port and --host."
         ) from error

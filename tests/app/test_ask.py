@@ -171,6 +171,8 @@ def test_a_stopped_run_leaves_whole_rows_and_goes_on(number, code, folder, pictu
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code and "Traceback" not in errors
     before = rows_of(output)
+    kept = f"{len(before)} answers are kept in {output}; the same command goes on from there."
+    assert (kept in errors) == (number == signal.SIGINT)
     assert 1 < len(before) < 46 and output.read_bytes().endswith(b"\n")
     assert [path for path in tmp_path.iterdir() if path != pictures] == [output]
     result = ask(*arguments[1:])

@@ -25,6 +25,7 @@ from .common import (
     load,
     open_all,
     print_result,
+    printing,
     require_kind,
     same_file,
     split_arguments,
@@ -119,10 +120,12 @@ def ask(
 
         def write(text: str) -> None:
             sign.close()
-            typer.echo(text, nl=False)
+            with printing():
+                typer.echo(text, nl=False)
 
         model.generate(**inputs, **options, do_sample=False, streamer=AnswerStreamer(processor, write))
-    typer.echo()
+    with printing():
+        typer.echo()
 
 
 def ask_folder(

@@ -9,7 +9,7 @@ import typer
 
 from ..errors_healthgpt import HealthGPTError
 from ..refusals import loading, printable
-from .common import NANO, AsJson, Checkpoint, print_json, require_checkpoint, starting, stoppable, working
+from .common import NANO, AsJson, Checkpoint, print_json, print_line, require_checkpoint, starting, stoppable, working
 
 
 def bench(
@@ -84,8 +84,8 @@ def bench(
         expected = {name: gigabytes for name, gigabytes in expected_gigabytes(config).items() if name in names}
     if not as_json:
         sizes = ", ".join(f"{name} {gigabytes:.3g}" for name, gigabytes in expected.items())
-        typer.echo(f"Expected gigabytes of weights of {printable(shown)}: {sizes}.\n")
-        typer.echo(f"| precision | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 1)}|")
+        print_line(f"Expected gigabytes of weights of {printable(shown)}: {sizes}.\n")
+        print_line(f"| precision | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 1)}|")
     first, rows = None, []
     for name in names:
         kept = stoppable(lambda: "Nothing is kept; the same command starts again, or with fewer --precisions.")
@@ -96,6 +96,6 @@ def bench(
         rows.append({"precision": name, "expected": expected[name], **row})
         if not as_json:
             cells = (f"{row[column]:.3g}" if column in row else "" for column in COLUMNS)
-            typer.echo(f"| {name} | {' | '.join(cells)} |")
+            print_line(f"| {name} | {' | '.join(cells)} |")
     if as_json:
         print_json({"checkpoint": shown, "precisions": rows})

@@ -14,7 +14,7 @@ from ..errors_healthgpt import HealthGPTError
 from ..refusals import loading, printable
 from .ask import ask
 from .bench import bench
-from .common import AsJson, count_parameters, own_name, print_json, require_checkpoint, working
+from .common import AsJson, count_parameters, own_name, print_json, printing, require_checkpoint, working
 from .draw import draw
 from .evaluate import evaluation
 from .explain import explain
@@ -99,11 +99,12 @@ def info(
             task.token_tables or "base",
         )
         tasks.add_row(*map(str, row))
-    console.print(tasks)
     sizes = Table("part", "parameters", title=f"Parameters ({config.dtype})")
     for name, count in {**parts, "total": sum(parts.values())}.items():
         sizes.add_row(name, f"{count:,}")
-    console.print(sizes)
+    with printing():
+        console.print(tasks)
+        console.print(sizes)
 
 
 def main() -> None:

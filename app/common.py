@@ -26,7 +26,7 @@ from rich.progress import (
 )
 
 from ..errors_healthgpt import HealthGPTError
-from ..refusals import EXTRA_OF, extras, files, loading, memory, printable
+from ..refusals import EXTRA_OF, extras, files, loading, memory, printable, reason_of
 
 # The small model that comes with the package.
 NANO = str(Path(__file__).parent.parent / "nano")
@@ -267,14 +267,32 @@ def stoppable(kept: Callable[[], str]) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def printing() -> Iterator[None]:
+    """Output on stdout, which may lead to a full disk, or to a terminal that lacks letters; a reader that goes away is no mistake."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, UnicodeEncodeError) as error:
+        raise HealthGPTError(f"The result cannot be printed: {reason_of(error)}.") from error
+
+
+@printing()
+def print_line(text: str) -> None:
+    """A line of a result on stdout."""
+    typer.echo(text)
+
+
 def print_result(as_json: bool, text: str, content: dict) -> None:
     """The result of a command on stdout, for people or programs."""
     if as_json:
         print_json(content)
     else:
-        typer.echo(text)
+        print_line(text)
 
 
+@printing()
 def print_json(content: dict) -> None:
     """A result on stdout for programs; what a terminal may obey is escaped, as JSON escapes it."""
     text = json.dumps(content, indent=2, ensure_ascii=False)

@@ -10,7 +10,17 @@ from rich.table import Table
 
 from ..errors_healthgpt import HealthGPTError
 from ..refusals import extras, files, memory, printable, temporary_folder
-from .common import AsJson, count_parameters, on_terminal, print_json, print_result, starting, stoppable, working
+from .common import (
+    AsJson,
+    count_parameters,
+    on_terminal,
+    print_json,
+    print_result,
+    printing,
+    starting,
+    stoppable,
+    working,
+)
 
 plugins = typer.Typer(
     help="Lists the plugins of a checkpoint, takes one out, puts one in.\n\nExample: healthgpt plugin list HealthGPT-M3",
@@ -182,7 +192,8 @@ def list_plugins(
     table = Table("task", "tensors", "bytes", title="Plugins")
     for task, size in found.items():
         table.add_row(task, f"{size['tensors']:,}", f"{size['bytes']:,}")
-    Console().print(table)
+    with printing():
+        Console().print(table)
 
 
 @plugins.command("extract")
@@ -236,6 +247,7 @@ def add_plugin(
     print_result(as_json, printable(str(checkpoint)), {"checkpoint": str(checkpoint)})
 
 
+@printing()
 def print_plan(plan, quantize: str | None, as_json: bool) -> None:
     """Every source tensor with its rule, its target or the reason why it is dropped, and sizes; then parts and abilities."""
     from ..hub_export.card import abilities

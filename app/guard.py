@@ -46,7 +46,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         state = {"bytes": 0, "answered": False}
-        is_upload = scope["path"].rstrip("/").endswith("/upload")
+        is_upload = scope["path"].rstrip("/") == f"{route_utils.API_PREFIX}/upload"
 
         async def counted():
             message = await receive()

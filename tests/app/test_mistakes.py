@@ -1,5 +1,6 @@
 """What users do wrong, command by command: one sentence that names the value, exit code 1, nothing left behind; and Ctrl-C."""
 
+import contextlib
 import json
 import os
 import pty
@@ -10,7 +11,7 @@ import pytest
 from conftest import GOLDEN, full_disk
 
 from healthgpt.app.cli import main
-from healthgpt.app.common import split_arguments
+from healthgpt.app.common import NANO, split_arguments
 from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.evaluation import answers as evaluation_answers
 from healthgpt.hub_export import merge
@@ -211,6 +212,18 @@ def test_a_full_disk_is_told(ends, tmp_path):
         assert code == 1 and "out.bmp cannot be written: File too large." in said
         code, _, said = ends("train", "answers.jsonl", "-c", "nano", "-o", "out", "--batch-size", 1, "--max-steps", 1)
         assert code == 1 and "Error: out cannot be written: " in said
+
+
+def test_a_result_that_cannot_be_printed_is_told(ends):
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        for command in ("info nano", "info nano --json", "plugin list nano", "ask -c nano What? --max-new-tokens 1"):
+            words = [NANO if word == "nano" else word for word in command.split(" ")]
+            code, _, said = ends(*words)
+            assert code == 1 and "Error: The result cannot be printed: No space left on device." in said
+    with contextlib.suppress(OSError):  # it still tries to write
+        full.close()
 
 
 def test_debug_shows_where_an_error_comes_from(ends):

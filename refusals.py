@@ -66,7 +66,8 @@ def files(path: str | Path, done: str = "read") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        within = "" if error.filename in (None, str(path)) else f"{error.filename}: "
+        other = str(error.filename or path)  # of what is used with it, or lies in it
+        within = "" if other in (str(path), f"{path}.unfinished") else f"{other}: "
         raise HealthGPTError(f"{path} cannot be {done}: {within}{reason_of(error)}.") from error
     except (SafetensorError, RuntimeError) as error:
         if not any(sign in str(error) for sign in REFUSED):

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +159,12 @@ def compare(reference: Measurement, found: Measurement) -> dict[str, float]:
 def in_own_process(function: Callable, *arguments):
     """What a function of a module returns in a new process, whose memory is its own; an interrupt ends it at once."""
     with ProcessPoolExecutor(1, get_context("spawn"), prepare_process) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except KeyboardInterrupt:  # which a terminal sends to both, and others to this process alone
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def prepare_process() -> None:

@@ -7,6 +7,8 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
+import time
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
@@ -197,3 +199,9 @@ def test_a_process_that_is_killed_is_told(folder, monkeypatch):
         memory.measure(folder, "float32")
     with pytest.raises(BrokenProcessPool):  # an interrupt ends it at once, without a traceback
         in_own_process(signal.raise_signal, signal.SIGINT)
+    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    start = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        in_own_process(time.sleep, 600)
+    assert time.monotonic() - start < 300

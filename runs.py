@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from .errors_healthgpt import HealthGPTError
-from .hub_export.families import read_json
+from .hub_export.confine import read_json
 from .hub_export.write import write_json
+from .refusals import files
 
 RUN_NAME = "run.json"
 
@@ -15,9 +17,10 @@ RUN_NAME = "run.json"
 def state_of(path: str | Path) -> str | None:
     """A hash of the names, sizes and times of a file or of all files of a folder; `None` for what is not on this disk."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         return None
-    return state_of_files(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    with files(path):
+        return state_of_files(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
 
 
 def state_of_files(files: Iterable[str | Path]) -> str:
@@ -60,12 +63,14 @@ def begin(folder: Path, settings: dict) -> None:
         settings (`dict`): What makes this run differ from others; JSON.
 
     Raises:
-        HealthGPTError: as [`require_same`], or if the folder is a file.
+        HealthGPTError: as [`require_same`], or if the folder is a file or cannot be made.
     """
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise HealthGPTError(f"{folder} is a file: name a folder for the run.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / RUN_NAME).exists():
-        require_same(folder, dict.fromkeys(read_json(folder / RUN_NAME)) | settings)  # all of them
-    else:
-        write_json(folder / RUN_NAME, settings)
+    with files(folder, "made a folder for the run"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with files(folder, "used"):
+        if (folder / RUN_NAME).exists():
+            require_same(folder, dict.fromkeys(read_json(folder / RUN_NAME)) | settings)  # all of them
+        else:
+            write_json(folder / RUN_NAME, settings)

@@ -66,7 +66,7 @@ def read_samples(
                 for picture in {*row["input_image"], row["target_image"]} - {None, *seen}:
                     load_picture(open_picture(picture), config.vision_config.image_size)
                     seen.add(picture)
-            except ValueError as error:
+            except HealthGPTError as error:
                 raise HealthGPTError(f"Line {number} of {path} is no sample: {error}") from error
             rows.append(row)
             if len(rows) == PART:

@@ -9,13 +9,18 @@ import re
 from pathlib import Path
 
 from ..errors_healthgpt import HealthGPTError
+from ..refusals import files
 
 FIELDS = ["file", "question", "answer", "task", "checkpoint", "folder", "frame", "max_new_tokens"]
+# Also the wide forms of the four signs, which spreadsheets in East Asia take for them.
+FORMULA = re.compile(r"'*(?:[\t\r\n]|[\s\0-\x20]*[=+\-@\uff0b\uff0d\uff1d\uff20])")
 
 
 class AnswerTable:
     """
-    A file with a row for every picture: CSV, or JSON lines if its name ends in `.jsonl`.
+    A file with a row for every image: CSV, or JSON lines if its name ends in `.jsonl`.
+
+    In CSV a cell that a spreadsheet would run as a formula has an apostrophe before it, see `as_text`.
 
     Args:
         path (`Path`): The file; rows that are there are kept, and a row that was cut off is taken away.
@@ -31,13 +36,13 @@ class AnswerTable:
             raise HealthGPTError(
                 f"{path} has another ending than .csv and .jsonl, the forms of answers about a folder."
             )
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             raise HealthGPTError(f"The folder {path.parent} does not exist.")
         for value in settings.values():
             require_utf8(value)
         self.path, self.settings = path, settings
         self.is_csv = path.suffix.lower() == ".csv"
-        try:
+        with files(path, "written"):
             is_new = not os.path.lexists(path)
             with open(path, "ab+") as file:  # what cannot be written is refused before anything is answered
                 file.seek(0)
@@ -47,12 +52,15 @@ class AnswerTable:
                 file.truncate(nbytes)
             if is_new:
                 path.unlink()
-        except OSError as error:
-            raise HealthGPTError(f"{path} cannot be written: {error.strerror}.") from error
         self.done = {row["file"] for row in rows}
 
     def add(self, answers: dict[str, str]) -> None:
-        """Writes answers by the names of their files, at once."""
+        """
+        Writes answers by the names of their files, at once.
+
+        Raises:
+            HealthGPTError: if they cannot be written, for example on a full disk; rows that are whole stay.
+        """
         rows = [{"file": file, "answer": answer} | self.settings for file, answer in answers.items()]
         if self.is_csv:
             values = [[row[name] for name in FIELDS] for row in rows]
@@ -60,7 +68,7 @@ class AnswerTable:
         else:
             lines = [json.dumps({name: row[name] for name in FIELDS}, ensure_ascii=False) for row in rows]
             text = "".join(f"{line}\n" for line in lines)
-        with open(self.path, "ab") as file:
+        with files(self.path, "written"), open(self.path, "ab") as file:
             file.write(text.encode())
         self.done |= set(answers)
 
@@ -91,9 +99,25 @@ def require_utf8(text: str) -> None:
         raise HealthGPTError(f"{text!r} is not UTF-8, as everything in a table of answers is.") from error
 
 
+def as_text(cell: str) -> str:
+    """
+    A cell that spreadsheets take for text: an apostrophe stands before what they would take for a formula.
+
+    That is what begins with `=`, `+`, `-` or `@`, also after spaces, or with a tab or line break (OWASP, CSV injection). A cell
+    that begins with apostrophes and then so gets one more, so that [`as_written`] gives every cell back.
+    """
+    return f"'{cell}" if FORMULA.match(cell) else cell
+
+
+def as_written(cell: str) -> str:
+    """What was given to [`as_text`]."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+
+
 def to_csv(rows: list[list[str]]) -> str:
     text = io.StringIO(newline="")
-    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
+    writer.writerows([as_text(cell) for cell in row] for row in rows)
     return text.getvalue()
 
 
@@ -111,7 +135,7 @@ def parse_csv(text: str) -> tuple[list[dict[str, str]], int]:
             raise
     if values[:1] != [FIELDS] and not to_csv([FIELDS]).startswith(text):
         raise HealthGPTError("The first row is another.")
-    rows = [dict(zip(FIELDS, row, strict=True)) for row in values[1:]]
+    rows = [dict(zip(FIELDS, map(as_written, row), strict=True)) for row in values[1:]]
     return rows, length if rows else 0  # the header is written with the first row
 
 

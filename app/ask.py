@@ -10,6 +10,7 @@ import typer
 
 from ..conversations import answer_batch, conversation, prepare
 from ..errors_healthgpt import HealthGPTError
+from ..refusals import memory, printable
 from .answers import AnswerTable, require_utf8
 from .common import (
     NANO,
@@ -24,8 +25,11 @@ from .common import (
     load,
     open_all,
     print_result,
+    printing,
     require_kind,
+    same_file,
     split_arguments,
+    stoppable,
     working,
 )
 
@@ -78,7 +82,7 @@ def ask(
             "question": question,
             "task": task,
             "checkpoint": "nano" if checkpoint == NANO else checkpoint,
-            "folder": os.path.relpath(folders[0].resolve(), output.parent.resolve()),
+            "folder": os.path.relpath(os.path.realpath(folders[0]), os.path.realpath(output.parent)),
             "frame": "default" if frame is None else str(frame),
             "max_new_tokens": str(max_new_tokens),
         }
@@ -89,17 +93,20 @@ def ask(
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
     if folders:
-        left_out = ask_folder(model, processor, folders[0], table, frame, batch_size, options)
+        with stoppable(
+            lambda: f"{len(table.done)} answers are kept in {output}; the same command goes on from there."
+        ):
+            left_out = ask_folder(model, processor, folders[0], table, frame, batch_size, options)
         for name, reason in left_out.items():
-            typer.echo(f"Left out {name}: {reason}", err=True)
+            typer.echo(f"Left out {name}: {printable(reason)}", err=True)
         if not table.done:
             raise HealthGPTError(f"{folders[0]} has no picture that can be asked about.")
         rows, new = len(table.done), len(table.done) - known
         content = {"output": str(output), "rows": rows, "new": new, "left_out": left_out}
-        print_result(as_json, f"{output} ({rows} answers, {new} of them new)", content)
+        print_result(as_json, f"{printable(str(output))} ({rows} answers, {new} of them new)", content)
         return
     if as_json:
-        with working("Answering"):
+        with working("Answering"), memory():
             [answer] = answer_batch(model, processor, [(pictures, question)], **options)
         files = [str(path) for path in paths]
         content = {"files": files, "frame": frame, "question": question, "answer": answer, "task": task}
@@ -108,15 +115,17 @@ def ask(
     from .streamers import AnswerStreamer
 
     inputs = prepare(processor, conversation(pictures, question), task).to(model.device)
-    with ExitStack() as sign:
+    with memory(), ExitStack() as sign:
         sign.enter_context(working("Reading the question"))
 
         def write(text: str) -> None:
             sign.close()
-            typer.echo(text, nl=False)
+            with printing():
+                typer.echo(text, nl=False)
 
         model.generate(**inputs, **options, do_sample=False, streamer=AnswerStreamer(processor, write))
-    typer.echo()
+    with printing():
+        typer.echo()
 
 
 def ask_folder(
@@ -128,7 +137,7 @@ def ask_folder(
 
     question = table.settings["question"]
     files, left_out = find_files(folder)
-    files = {name: path for name, path in files.items() if path.resolve() != table.path.resolve()}
+    files = {name: path for name, path in files.items() if not same_file(path, table.path)}
     waiting = [name for name in files if name not in table.done]
 
     def pictures():
@@ -136,13 +145,13 @@ def ask_folder(
             try:
                 require_utf8(name)
                 picture = load_picture(open_picture(files[name], frame), processor.image_size)
-            except ValueError as error:
+            except HealthGPTError as error:
                 left_out[printable(name)] = str(error)
                 progress.advance(bar)
             else:
                 yield name, picture
 
-    with bars() as progress:
+    with bars() as progress, memory():
         bar = progress.add_task("Answering", total=len(files), completed=len(files) - len(waiting))
         readable = pictures()
         while batch := dict(itertools.islice(readable, batch_size)):
@@ -169,8 +178,3 @@ def find_files(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
             if os.path.islink(os.path.join(place, name)):
                 leave_out(os.path.join(place, name), "It is a link to a folder.")
     return dict(sorted(files.items())), left_out
-
-
-def printable(name: str) -> str:
-    """The name of a file in UTF-8, with escapes for what is none."""
-    return os.fsencode(name).decode(errors="backslashreplace")

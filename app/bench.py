@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors_healthgpt import HealthGPTError
-from .common import NANO, AsJson, Checkpoint, print_json, require_checkpoint, working
+from ..refusals import loading, printable
+from .common import NANO, AsJson, Checkpoint, print_json, print_line, require_checkpoint, starting, stoppable, working
 
 
 def bench(
@@ -44,14 +45,23 @@ def bench(
         raise HealthGPTError(f"--cpu-memory is a size such as 12GB or 500MB, not {cpu_memory!r}.")
     require_checkpoint(checkpoint)
     shown = "nano" if checkpoint == NANO else checkpoint
-    with working("Reading the checkpoint"):
+    with starting("Reading the checkpoint"), loading(checkpoint):
         from huggingface_hub import snapshot_download
         from transformers.utils import logging
 
-        from ..benchmarks.memory import BITS, COLUMNS, PRECISIONS, compare, expected_gigabytes, measure
+        from ..benchmarks.memory import (
+            BITS,
+            COLUMNS,
+            PRECISIONS,
+            compare,
+            expected_gigabytes,
+            measure,
+            require_memory_figures,
+        )
         from ..configuration_healthgpt import HealthGPTConfig
 
         logging.disable_progress_bar()
+        require_memory_figures()
         names = precisions.split(",")
         for name in names:
             if name not in PRECISIONS:
@@ -74,17 +84,18 @@ def bench(
         expected = {name: gigabytes for name, gigabytes in expected_gigabytes(config).items() if name in names}
     if not as_json:
         sizes = ", ".join(f"{name} {gigabytes:.3g}" for name, gigabytes in expected.items())
-        typer.echo(f"Expected gigabytes of weights of {shown}: {sizes}.\n")
-        typer.echo(f"| precision | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 1)}|")
+        print_line(f"Expected gigabytes of weights of {printable(shown)}: {sizes}.\n")
+        print_line(f"| precision | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 1)}|")
     first, rows = None, []
     for name in names:
-        with working(f"Measuring {name}"):
+        kept = stoppable(lambda: "Nothing is kept; the same command starts again, or with fewer --precisions.")
+        with kept, working(f"Measuring {name}"):
             found = measure(folder, name, first, tokens, true_codes, cpu_memory)
         row = found.costs | ({} if first is None else compare(first, found))
         first = first or found
         rows.append({"precision": name, "expected": expected[name], **row})
         if not as_json:
             cells = (f"{row[column]:.3g}" if column in row else "" for column in COLUMNS)
-            typer.echo(f"| {name} | {' | '.join(cells)} |")
+            print_line(f"| {name} | {' | '.join(cells)} |")
     if as_json:
         print_json({"checkpoint": shown, "precisions": rows})

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -11,9 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from ..errors_healthgpt import HealthGPTError
+from ..refusals import loading, printable
 from .ask import ask
 from .bench import bench
-from .common import TOO_LITTLE_MEMORY, AsJson, count_parameters, missing, print_json, require_checkpoint, working
+from .common import AsJson, count_parameters, own_name, print_json, printing, require_checkpoint, working
 from .draw import draw
 from .evaluate import evaluation
 from .explain import explain
@@ -25,7 +26,8 @@ app = typer.Typer(
     name="healthgpt",
     help="HealthGPT answers questions about medical pictures and draws medical pictures. Research use only.\n\n"
     'Example: healthgpt ask -c HealthGPT-M3 chest.dcm "Is there a pleural effusion?"\n\n'
-    "Exit codes: 0 done, 1 bad input, 2 options or arguments that cannot be parsed, 130 interrupted.",
+    "Exit codes: 0 done, 1 bad input, 2 options or arguments that cannot be parsed, 130 interrupted. A traceback is a mistake "
+    "of the package.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -50,16 +52,20 @@ def print_version(asked: bool) -> None:
 
 @app.callback()
 def common(
+    context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where every error comes from: healthgpt --debug ask ...")
+    ] = False,
 ) -> None:
-    pass
+    context.ensure_object(dict)["debug"] = debug
 
 
 @app.command()
 def info(
-    checkpoint: Annotated[str, typer.Argument(help="Exported folder or Hub repository.")],
+    checkpoint: Annotated[str, typer.Argument(help="Exported folder or Hub repository.", callback=own_name)],
     as_json: AsJson = False,
 ) -> None:
     """
@@ -71,8 +77,9 @@ def info(
         require_checkpoint(checkpoint)
         from ..configuration_healthgpt import HealthGPTConfig
 
-        config = HealthGPTConfig.from_pretrained(checkpoint)
-        parts = count_parameters(config)
+        with loading(checkpoint):
+            config = HealthGPTConfig.from_pretrained(checkpoint)
+            parts = count_parameters(config)
     if as_json:
         content = {"tasks": config.to_dict()["tasks"], "parameters": parts, "dtype": str(config.dtype)}
         content |= {"language_model": config.text_config.model_type, "token_rows": config.text_config.vocab_size}
@@ -92,32 +99,23 @@ def info(
             task.token_tables or "base",
         )
         tasks.add_row(*map(str, row))
-    console.print(tasks)
     sizes = Table("part", "parameters", title=f"Parameters ({config.dtype})")
     for name, count in {**parts, "total": sum(parts.values())}.items():
         sizes.add_row(name, f"{count:,}")
-    console.print(sizes)
+    with printing():
+        console.print(tasks)
+        console.print(sizes)
 
 
 def main() -> None:
     """Entry point: errors that a user can act on are one sentence, not a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every step that it multiplies in 8 bits
+    options = {}  # filled by `common`
     try:
-        app()
-    except ModuleNotFoundError as error:
-        typer.echo(f"Error: this {missing(error)}", err=True)
-        sys.exit(1)
-    except RuntimeError as error:
-        from torch import OutOfMemoryError
-
-        if not isinstance(error, OutOfMemoryError):
+        app(obj=options)
+    except HealthGPTError as error:
+        if options["debug"]:
             raise
-        typer.echo(f"Error: {TOO_LITTLE_MEMORY}", err=True)
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename is not None
-        sentence = f"{error.filename}: {error.strerror}." if named else str(error)
-        sentence = re.sub(r"\s*\n\s*", " ", sentence)  # transformers' errors have several lines
-        typer.echo(f"Error: {sentence}", err=True)
+        typer.echo(f"Error: {printable(str(error))}", err=True)
         sys.exit(1)

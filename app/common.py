@@ -5,6 +5,9 @@ import importlib.util
 import json
 import os
 import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -23,25 +26,30 @@ from rich.progress import (
 )
 
 from ..errors_healthgpt import HealthGPTError
-
-# Packages that only some commands need, and the extra that brings them.
-EXTRA_OF = {"accelerate": "train", "datasets": "train", "tensorboard": "train", "sentencepiece": "export"}
-EXTRA_OF |= {"scipy": "eval", "skimage": "eval", "torchmetrics": "eval", "pydicom": "dicom", "nibabel": "dicom"}
-EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui", "bitsandbytes": "quantization", "torchao": "torchao"}
-
-TOO_LITTLE_MEMORY = (
-    "The device has too little memory for this: give fewer pictures, a smaller batch, or load a quantised checkpoint."
-)
+from ..refusals import EXTRA_OF, extras, files, loading, memory, printable, reason_of
 
 # The small model that comes with the package.
 NANO = str(Path(__file__).parent.parent / "nano")
+
+# What a file's name ends in and a question does not, beside the endings of images that Pillow knows.
+ENDING = re.compile(
+    r"\.(dcm|dicom|ima|nii|gz|mha|mhd|nrrd|mnc|svs|ndpi|heic|svg|raw|npy|npz|mp4|avi|csv|tsv|json|jsonl|parquet|xlsx?|ods|txt|md"
+    r"|pdf|zip|tar|tgz|7z|html|xml|yaml|safetensors|bin|ckpt|pt|pth|h5|docx?|log)"
+)
+
+
+def own_name(checkpoint: str) -> str:
+    """The small model by its name, `nano`, unless there is a folder of this name where one stands."""
+    return NANO if checkpoint == "nano" and not os.path.isdir(checkpoint) else checkpoint
+
 
 checkpoint_option = functools.partial(
     typer.Option,
     "--checkpoint",
     "-c",
     envvar="HEALTHGPT_CHECKPOINT",
-    help="Exported folder or Hub repository.",
+    callback=own_name,
+    help="Exported folder or Hub repository; nano is the small model of the package.",
 )
 Checkpoint = Annotated[str, checkpoint_option(show_default="the small model of the package")]
 RequiredCheckpoint = Annotated[str, checkpoint_option()]
@@ -59,7 +67,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def load(checkpoint: str, device: str | None, dtype: str | None):
-    """Model and processor of a checkpoint, as a Python user loads them."""
+    """
+    Model and processor of a checkpoint, as a Python user loads them.
+
+    Raises:
+        HealthGPTError: if there is none, a part of it is missing or damaged, or it does not fit this machine.
+    """
+    with loading(checkpoint), memory(), extras():
+        model, processor = load_parts(checkpoint, device, dtype)
+    tokenizer = getattr(
+        processor, "tokenizer", None
+    )  # transformers takes a tokenizer for a processor that it does not find
+    if tokenizer is None or tokenizer.pad_token is None:
+        name = "processor" if tokenizer is None else "tokenizer"
+        raise HealthGPTError(f"{checkpoint} cannot be loaded: its {name}_config.json is missing or incomplete.")
+    return model, processor
+
+
+def load_parts(checkpoint: str, device: str | None, dtype: str | None):
+    """What `load` loads, with whatever error the libraries raise."""
     with working("Reading the checkpoint"):
         config = require_checkpoint(checkpoint)
     method = config.get("quantization_config", {}).get("quant_method")
@@ -72,9 +98,7 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
             f"pip install healthgpt[{EXTRA_OF[method]}]."
         )
     if checkpoint == NANO:
-        typer.echo(
-            "No checkpoint named (-c): this is the small demonstration model, worthless for medicine.", err=True
-        )
+        typer.echo("This is the small demonstration model, worthless for medicine; -c names another one.", err=True)
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise HealthGPTError(f"There is no dtype {dtype!r}; choose one of float32, bfloat16, float16.")
     with working("Loading the model"):
@@ -87,7 +111,7 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process one of its own
         device = device or (gpu if torch.cuda.is_available() else "cpu")
         try:
-            torch.empty(0, device=device)
+            torch.zeros((), device=device).item()
         except (RuntimeError, AssertionError) as error:
             reason = str(error).split("\n")[0]
             raise HealthGPTError(f"The device {device!r} cannot be used here: {reason}.") from error
@@ -110,7 +134,7 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
 
 def require_file(path: Path) -> None:
     """Refuses a file of samples that is none, before anything takes long."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise HealthGPTError(f"There is no file {path}.")
 
 
@@ -118,8 +142,8 @@ def read(path: Path, model, processor, task: str | None, otherwise: str | None =
     """The samples of a file; those that name no task are of the named one, which must be there, or of another if none is named."""
     from ..samples import read_samples
 
-    with bars(DownloadColumn()) as progress:
-        bar = progress.add_task(f"Reading {path.name}", total=path.stat().st_size)
+    with bars(DownloadColumn()) as progress, files(path):
+        bar = progress.add_task(f"Reading {printable(path.name)}", total=path.stat().st_size)
         advance = functools.partial(progress.advance, bar)
         samples = read_samples(path, model.config, processor, task or otherwise, advance)
     if task is not None and task not in samples["task"]:
@@ -132,21 +156,26 @@ def require_checkpoint(checkpoint: str) -> dict:
     The content of a checkpoint's config.json; refuses what is neither a folder nor the name of a Hub repository, and checkpoints
     of other models.
     """
-    if not os.path.isdir(checkpoint) and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+    is_folder = os.path.isdir(checkpoint)
+    if not is_folder and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise HealthGPTError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
+    if is_folder and not os.path.isfile(Path(checkpoint) / "config.json"):
+        raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
     from transformers import PreTrainedConfig
 
-    if os.path.isdir(checkpoint) and not (Path(checkpoint) / "config.json").is_file():
-        raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
-    from ..hub_export.confine import require_loadable
+    from ..configuration_healthgpt import HealthGPTConfig
+    from ..hub_export.confine import reading, require_loadable
 
-    require_loadable(folder_of(checkpoint))
-    config = PreTrainedConfig.get_config_dict(checkpoint)[0]
+    with loading(checkpoint):
+        require_loadable(folder_of(checkpoint))
+        config = PreTrainedConfig.get_config_dict(checkpoint)[0]
     model_type = config.get("model_type")
     if model_type != "healthgpt":
         raise HealthGPTError(
             f"{checkpoint} is no HealthGPT checkpoint: its config.json is that of a {model_type} model."
         )
+    with reading(f"The config.json of {checkpoint}"):
+        HealthGPTConfig.from_dict(config)
     return config
 
 
@@ -167,13 +196,6 @@ def folder_of(checkpoint: str) -> Path:
     return Path(config).parent
 
 
-def missing(error: ModuleNotFoundError) -> str:
-    """That something needs a package of `EXTRA_OF`, and how to install it; raises the error again if no extra brings it."""
-    if error.name not in EXTRA_OF:
-        raise error
-    return f"needs {error.name}: pip install healthgpt[{EXTRA_OF[error.name]}]."
-
-
 def require_kind(model, task: str, kind: str) -> None:
     """Refuses a task that puts out something else than the command is for."""
     tasks = model.config.tasks
@@ -184,7 +206,18 @@ def require_kind(model, task: str, kind: str) -> None:
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[Path], str]:
-    """Paths and text from the arguments of `ask`, `draw` and `explain`."""
+    """
+    Paths and text from the arguments of `ask`, `draw` and `explain`.
+
+    Raises:
+        HealthGPTError: if one is an address, or the text is empty or a path, be there such a file or not.
+    """
+    for argument in arguments:
+        if re.match(r"([A-Za-z][\w+.-]*://|data:)\S*$", argument):
+            raise HealthGPTError(
+                f"{argument} is an address, and commands read files alone: download it first, or name the address in Python, "
+                "where the processor opens it."
+            )
     *paths, text = arguments
     if not text.strip():
         raise HealthGPTError("The last argument, a question or instruction, is empty.")
@@ -193,17 +226,79 @@ def split_arguments(arguments: list[str]) -> tuple[list[Path], str]:
         raise HealthGPTError(
             f"The last argument is the text, but {text!r} is a {kind}: add a question or instruction after it."
         )
+    if looks_like_path(text):
+        raise HealthGPTError(
+            f"There is no file or folder {text!r}, and the last argument, which is the question or instruction, looks like the "
+            "name of one; a text that ends in such a name needs a full stop or question mark after it."
+        )
     return [Path(path) for path in paths], text
+
+
+def looks_like_path(text: str) -> bool:
+    """
+    Whether a text is rather the name of a file or folder than a question: it ends as a file's name does or begins as
+    a path does, or has a separator and neither spaces, nor a mark at its end, nor letters of a script without spaces.
+    """
+    from PIL import Image
+
+    name, dot, ending = re.split(r"[/\\]", text.lower())[-1].rpartition(".")
+    is_known = ENDING.fullmatch(dot + ending) or dot + ending in Image.registered_extensions()
+    if is_known and name and not name[-1].isspace():
+        return True
+    if re.match(r"(~|\.\.?|[A-Za-z]:)?[/\\]", text) or text.endswith("/"):
+        return True
+    if re.search(r"\s", text) or any(unicodedata.east_asian_width(letter) in "WF" for letter in text):
+        return False
+    return re.search(r"[/\\]", text) is not None and unicodedata.category(text[-1]) != "Po"
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one place, be there a file or not."""
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def open_all(paths: list[Path], frame: int | None) -> list:
     """The pictures of files, of each the frame if it is named."""
     if not paths:
         return []
-    with working("Reading pictures"):
+    with working("Reading images"), memory():
         from ..medical import open_picture
 
         return [open_picture(path, frame) for path in paths]
+
+
+@contextmanager
+def starting(what: str = "Starting") -> Iterator[None]:
+    """A sign on stderr while the modules of a command are imported; a package that an extra brings is named if it is missing."""
+    with working(what), extras():
+        yield
+
+
+@contextmanager
+def stoppable(kept: Callable[[], str]) -> Iterator[None]:
+    """Long work: says, when Ctrl-C stops it, what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. {printable(kept())}", err=True)
+        raise
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Output on stdout, which may lead to a full disk, or to a terminal that lacks letters; a reader that goes away is no mistake."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, UnicodeEncodeError) as error:
+        raise HealthGPTError(f"The result cannot be printed: {reason_of(error)}.") from error
+
+
+@printing()
+def print_line(text: str) -> None:
+    """A line of a result on stdout."""
+    typer.echo(text)
 
 
 def print_result(as_json: bool, text: str, content: dict) -> None:
@@ -211,24 +306,31 @@ def print_result(as_json: bool, text: str, content: dict) -> None:
     if as_json:
         print_json(content)
     else:
-        typer.echo(text)
+        print_line(text)
 
 
+@printing()
 def print_json(content: dict) -> None:
-    """A result on stdout for programs."""
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    """A result on stdout for programs; what a terminal may obey is escaped, as JSON escapes it."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    typer.echo(
+        "".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text)
+    )
 
 
 def bars(count: ProgressColumn | None = None) -> Progress:
     """Progress bars on stderr, if it is a terminal; by default they count to a number."""
     return on_terminal(
-        TextColumn("{task.description}"), BarColumn(), count or MofNCompleteColumn(), TimeRemainingColumn()
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        count or MofNCompleteColumn(),
+        TimeRemainingColumn(),
     )
 
 
 def working(what: str) -> Progress:
     """A sign on stderr, if it is a terminal, that something goes on whose end cannot be told."""
-    progress = on_terminal(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    progress = on_terminal(SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     progress.add_task(what, total=None)
     return progress
 

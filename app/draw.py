@@ -1,6 +1,7 @@
 """`healthgpt draw`: one picture from an instruction and pictures."""
 
 import io
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 
 from ..conversations import conversation, prepare
 from ..errors_healthgpt import HealthGPTError
+from ..refusals import files, memory, printable
 from .common import (
     NANO,
     AsJson,
@@ -20,6 +22,7 @@ from .common import (
     open_all,
     print_result,
     require_kind,
+    same_file,
     split_arguments,
     working,
 )
@@ -61,11 +64,11 @@ def draw(
         import torch
         from PIL import Image
 
-    if sheet is not None and sheet.resolve() == output.resolve():
+    if sheet is not None and same_file(sheet, output):
         raise HealthGPTError(f"--sheet and --output are the same file, {output}: name two.")
     paths, instruction = split_arguments(arguments)
     for path in (output, sheet):
-        if path is not None and path.resolve() in [given.resolve() for given in paths]:
+        if path is not None and any(same_file(path, given) for given in paths):
             raise HealthGPTError(
                 f"{path} is one of the pictures given, which would be lost: name another file to write."
             )
@@ -83,7 +86,7 @@ def draw(
         torch.manual_seed(seed)
     from .streamers import CodeCounter
 
-    with bars() as progress:
+    with bars() as progress, memory():
         bar = progress.add_task("Drawing", total=model.config.num_image_codes)
         counter = CodeCounter(lambda number: progress.advance(bar, number))
         sequences = model.generate(**inputs, task=task, do_sample=seed is not None, streamer=counter)
@@ -92,11 +95,11 @@ def draw(
     if keep_aspect_ratio:
         picture = picture.resize(pictures[0].size, Image.Resampling.LANCZOS)
     save(picture, output)
-    lines = [f"{output} ({picture.width} x {picture.height} pixels)"]
+    lines = [f"{printable(str(output))} ({picture.width} x {picture.height} pixels)"]
     content = {"output": str(output), "width": picture.width, "height": picture.height, "task": task}
     if sheet is not None:
         save(side_by_side(pictures, picture), sheet)
-        lines.append(str(sheet))
+        lines.append(printable(str(sheet)))
         content["sheet"] = str(sheet)
     print_result(as_json, "\n".join(lines), content)
 
@@ -112,15 +115,13 @@ def require_picture_path(path: Path, size: tuple[int, int] = (16, 16)) -> None:
         raise HealthGPTError(
             f"{path} has no ending of a picture format that Pillow writes in this size, such as .png, .jpg or .tif."
         ) from error
-    if path.is_dir():
+    if os.path.isdir(path):
         raise HealthGPTError(f"{path} is a folder: name the picture in it.")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise HealthGPTError(f"The folder {path.parent} does not exist.")
-    try:
+    with files(path, "written"):
         unfinished(path).touch()
         unfinished(path).unlink()
-    except OSError as error:
-        raise HealthGPTError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def unfinished(path: Path) -> Path:
@@ -134,11 +135,12 @@ def save(picture, path: Path) -> None:
 
     content = io.BytesIO()  # Pillow does not notice when a full disk takes only the start of a file
     picture.save(content, Image.registered_extensions()[path.suffix.lower()])
-    try:
-        unfinished(path).write_bytes(content.getvalue())
-        unfinished(path).replace(path)
-    finally:
-        unfinished(path).unlink(missing_ok=True)
+    with files(path, "written"):
+        try:
+            unfinished(path).write_bytes(content.getvalue())
+            unfinished(path).replace(path)
+        finally:
+            unfinished(path).unlink(missing_ok=True)
 
 
 def shown_width(picture) -> int:

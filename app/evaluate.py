@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors_healthgpt import HealthGPTError
+from ..refusals import memory
 from .common import (
     AsJson,
     Device,
@@ -19,6 +20,9 @@ from .common import (
     read,
     require_file,
     require_kind,
+    same_file,
+    starting,
+    stoppable,
     working,
 )
 
@@ -69,7 +73,7 @@ def answers(
 
     Example: healthgpt eval answers vqa_rad vqa-rad -c HealthGPT-M3 -o results/vqa_rad
     """
-    with working("Starting"):
+    with starting():
         from ..evaluation import Records, answer_items, items_of, read_benchmark, summarise_answers, write_report
         from ..runs import state_of, state_of_files
         from ..samples import pictures_of
@@ -94,7 +98,8 @@ def answers(
     if not items:
         raise HealthGPTError(f"{data} has no questions.")
     records = Records(output, settings)
-    with bars() as progress:
+    kept = stoppable(lambda: f"{len(records.done)} answers are kept in {output}; the same command goes on from there.")
+    with kept, bars() as progress, memory():
         bar = progress.add_task("Answering", total=len(items))
         scored = answer_items(
             model,
@@ -121,7 +126,7 @@ def average(
 
     Example: healthgpt eval average results/vqa_rad results/slake results/path_vqa results/mmmu_med results/omnimedvqa -o results/all
     """
-    with working("Averaging"):
+    with starting("Averaging"):
         from ..evaluation import average_runs, write_report
         from ..runs import begin
 
@@ -153,7 +158,7 @@ def draw(
 
     Example: healthgpt eval draw pairs.jsonl -c HealthGPT-M3 -o results/ct_to_mri --name ct_to_mri_brain
     """
-    with working("Starting"):
+    with starting():
         from ..evaluation import Records, draw_samples, load_lpips
         from ..runs import state_of, state_of_files
         from ..samples import pictures_of
@@ -171,7 +176,10 @@ def draw(
     if not samples:
         raise HealthGPTError(f"{data} has no samples with a target_image.")
     records = Records(output, settings)
-    with bars() as progress:
+    kept = stoppable(
+        lambda: f"{len(records.done)} drawings are kept in {output}; the same command goes on from there."
+    )
+    with kept, bars() as progress, memory():
         bar = progress.add_task("Drawing", total=len(samples))
         draw_samples(
             model, processor, samples, output / "drawn", records, batch_size, lambda n: progress.advance(bar, n)
@@ -194,12 +202,12 @@ def pictures(
 
     Example: healthgpt eval pictures drawn true -o results/ct_to_mri --name ct_to_mri_brain
     """
-    with working("Starting"):
+    with starting():
         from ..evaluation import load_lpips, pair_folders
         from ..runs import state_of_files
 
         measure = load_lpips() if lpips else None
-    if output.resolve() in (drawn.resolve(), true.resolve()):
+    if same_file(output, drawn) or same_file(output, true):
         raise HealthGPTError(f"{output} holds the pictures: name another folder for the tables.")
     pairs = pair_folders(drawn, true)
     settings = {"drawn": str(drawn), "true": str(true)}
@@ -219,7 +227,7 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips, as_json:
     from ..runs import begin
 
     scores = []
-    with bars() as progress:
+    with stoppable(lambda: "No table was written; the same command starts again."), bars() as progress, memory():
         for paths in progress.track(pairs, description="Comparing"):
             drawn, true = (open_picture(path) for path in paths)
             if resize and true.size != drawn.size:

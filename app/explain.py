@@ -1,5 +1,6 @@
 """`healthgpt explain`: an answer, and figures of what the model did for it."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from ..conversations import conversation, prepare
 from ..errors_healthgpt import HealthGPTError
+from ..refusals import files, memory, printable
 from .common import (
     NANO,
     AnswerTask,
@@ -21,6 +23,7 @@ from .common import (
     print_result,
     require_kind,
     split_arguments,
+    starting,
     working,
 )
 from .draw import require_picture_path, save
@@ -44,24 +47,27 @@ def explain(
 
     Example: healthgpt explain -c HealthGPT-M3 chest.png "Is there a pleural effusion?" -o explained
     """
-    with working("Starting"):
+    with starting():
         from ..explain import look_inside
         from ..explain.plots import as_picture, plot_inside
 
-    if output.is_file():
+    if os.path.isfile(output):
         raise HealthGPTError(f"{output} is a file: name a folder for the figures.")
-    if output.is_dir() and any(output.iterdir()):
+    with files(output):
+        is_full = os.path.isdir(output) and any(output.iterdir())
+    if is_full:
         raise HealthGPTError(f"The folder {output} is not empty: name a new or empty one for the figures.")
     paths, question = split_arguments(arguments)
     pictures = open_all(paths, frame)
-    output.mkdir(parents=True, exist_ok=True)
+    with files(output, "made"):
+        output.mkdir(parents=True, exist_ok=True)
     require_picture_path(output / "routing.png")
     model, processor = load(checkpoint, device, dtype)
     require_kind(model, task, "text")
     inputs = prepare(processor, conversation(pictures, question), task).to(model.device)
-    with working("Answering"):
+    with working("Answering"), memory():
         sequences = model.generate(**inputs, task=task, do_sample=False, max_new_tokens=max_new_tokens)
-    with working("Looking inside"):
+    with working("Looking inside"), memory():
         routing, attention = look_inside(model, inputs, sequences, task)
         figures = plot_inside(processor, inputs, sequences, routing[task], attention)
         pictures = [as_picture(figure) for figure in figures]
@@ -70,4 +76,6 @@ def explain(
     for picture, path in zip(pictures, paths, strict=True):
         save(picture, path)
     written = [str(path) for path in paths]
-    print_result(as_json, "\n".join([answer, *written]), {"answer": answer, "task": task, "figures": written})
+    print_result(
+        as_json, "\n".join([answer, *map(printable, written)]), {"answer": answer, "task": task, "figures": written}
+    )

@@ -1,6 +1,5 @@
 """`healthgpt export` and `healthgpt plugin`: checkpoints made and changed."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,18 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.table import Table
 
 from ..errors_healthgpt import HealthGPTError
-from .common import AsJson, count_parameters, on_terminal, print_json, print_result, working
+from ..refusals import extras, files, memory, printable, temporary_folder
+from .common import (
+    AsJson,
+    count_parameters,
+    on_terminal,
+    print_json,
+    print_result,
+    printing,
+    starting,
+    stoppable,
+    working,
+)
 
 plugins = typer.Typer(
     help="Lists the plugins of a checkpoint, takes one out, puts one in.\n\nExample: healthgpt plugin list HealthGPT-M3",
@@ -66,7 +76,7 @@ def export(
 
     Example: healthgpt export --base phi-4 --vision clip --comprehension com_hlora_weights_phi4.bin --output HealthGPT-L14
     """
-    with working("Starting"):
+    with starting():
         from transformers.utils import logging
 
         from ..hub_export import ExportSources
@@ -105,15 +115,15 @@ def export(
     if dry_run:
         if quantize is not None:
             require_bitsandbytes(quantize)
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             local = fetch(sources, Path(folder))
-            with working("Reading the sources"):
+            with working("Reading the sources"), extras():
                 plan = build_plan(local, dtype)
                 if preset is not None:
                     require_preset(plan.config, preset)
             print_plan(plan, quantize, as_json)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bars = on_terminal(*columns, TimeRemainingColumn())
     downloads_have_bars = logging.is_progress_bar_enabled()
 
@@ -123,16 +133,19 @@ def export(
         bar = bars.add_task(stage, total=total)
         return lambda nbytes: bars.advance(bar, nbytes)
 
+    kept = "What was finished is kept in a hidden folder beside it, if writing had begun; the same command goes on from there."
     try:
-        run(sources, output, dtype, quantize, skip_forward, preset, progress)
+        with stoppable(lambda: f"{output} is not finished. {kept}"), files(output, "written"), memory(), extras():
+            run(sources, output, dtype, quantize, skip_forward, preset, progress)
     finally:
         bars.stop()
         if downloads_have_bars:
             logging.enable_progress_bar()  # for the upload
     content = {"output": str(output)}
     if push_to_hub is not None:
-        content["url"] = upload(output, push_to_hub, public, create_pr)
-    print_result(as_json, "\n".join(content.values()), content)
+        with files(output):
+            content["url"] = upload(output, push_to_hub, public, create_pr)
+    print_result(as_json, "\n".join(map(printable, content.values())), content)
 
 
 def push(
@@ -147,12 +160,14 @@ def push(
 
     Example: healthgpt push HealthGPT-M3 user/HealthGPT-M3
     """
-    with working("Starting"):
+    with starting():
         from ..hub_export import push as run
         from ..hub_export.hub import require_repository
 
     require_repository(repository)
-    url = run(checkpoint, repository, public, create_pr)
+    kept = stoppable(lambda: "What was sent is not sent again; the same command goes on from there.")
+    with kept, files(checkpoint):
+        url = run(checkpoint, repository, public, create_pr)
     print_result(as_json, url, {"url": url})
 
 
@@ -169,14 +184,16 @@ def list_plugins(
     with working("Reading the checkpoint"):
         from ..hub_export.plugins import list_plugins as run
 
-        found = run(checkpoint)
+        with files(checkpoint):
+            found = run(checkpoint)
     if as_json:
         print_json(found)
         return
     table = Table("task", "tensors", "bytes", title="Plugins")
     for task, size in found.items():
         table.add_row(task, f"{size['tensors']:,}", f"{size['bytes']:,}")
-    Console().print(table)
+    with printing():
+        Console().print(table)
 
 
 @plugins.command("extract")
@@ -198,8 +215,9 @@ def extract_plugin(
     with working("Copying the plugin"):
         from ..hub_export.plugins import extract_plugin as run
 
-        run(checkpoint, task, output, remove, published)
-    print_result(as_json, f"{output}", {"output": str(output), "task": task})
+        with files(output, "written"):
+            run(checkpoint, task, output, remove, published)
+    print_result(as_json, printable(str(output)), {"output": str(output), "task": task})
 
 
 @plugins.command("add")
@@ -224,10 +242,12 @@ def add_plugin(
     with working("Adding the plugin"):
         from ..hub_export.plugins import add_plugin as run
 
-        run(checkpoint, plugin, name, replace, kind, alpha, fusion)
-    print_result(as_json, f"{checkpoint}", {"checkpoint": str(checkpoint)})
+        with files(checkpoint, "changed"), memory():
+            run(checkpoint, plugin, name, replace, kind, alpha, fusion)
+    print_result(as_json, printable(str(checkpoint)), {"checkpoint": str(checkpoint)})
 
 
+@printing()
 def print_plan(plan, quantize: str | None, as_json: bool) -> None:
     """Every source tensor with its rule, its target or the reason why it is dropped, and sizes; then parts and abilities."""
     from ..hub_export.card import abilities
@@ -243,12 +263,13 @@ def print_plan(plan, quantize: str | None, as_json: bool) -> None:
         print_json(content)
         return
     for transfer in plan.transfers:
-        typer.echo(
-            f"{transfer.tensor.origin.name}: {transfer.name} {list(transfer.tensor.shape)} -> {transfer.target} "
-            f"{list(transfer.shape)}, {plan.nbytes(transfer):,} bytes, by {transfer.rule.pattern}"
-        )
+        origin, shape = f"{transfer.tensor.origin.name}: {transfer.name}", list(transfer.shape)
+        size = f"{plan.nbytes(transfer):,} bytes"
+        written = f"{transfer.target} {shape}, {size}, by {transfer.rule.pattern}"
+        typer.echo(printable(f"{origin} {list(transfer.tensor.shape)} -> {written}"))
     for name, tensor, rule in plan.dropped:
-        typer.echo(f"{tensor.origin.name}: {name} {list(tensor.shape)} dropped: {rule.reason}, by {rule.pattern}")
+        dropped = f"{list(tensor.shape)} dropped: {rule.reason}, by {rule.pattern}"
+        typer.echo(printable(f"{tensor.origin.name}: {name} {dropped}"))
     table = Table("part", "parameters", "bytes", title="Parameters")
     for name, count in {**parts, "total": sum(parts.values())}.items():
         table.add_row(name, f"{count:,}", f"{count * plan.config.dtype.itemsize:,}")

@@ -6,17 +6,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
-import torch
+from gradio import route_utils
 from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
+from starlette.middleware import Middleware
 
 from ..errors_healthgpt import HealthGPTError
 from ..medical import open_picture
 from ..phantoms.demo import ASKED
 from ..phantoms.samples import INSTRUCTIONS, comprehension_sample, drawing_sample
 from ..processing_healthgpt import load_picture
-from .common import TOO_LITTLE_MEMORY, missing
+from ..refusals import memory
+from .guard import Guard, NamelessParser, Page
 from .runner import Runner
 
 HEADER = """
@@ -28,6 +30,7 @@ HEADER = """
 """
 CHAT_HINT = "### Ask about one or several pictures\nAttach them below, or take an example. Later questions may refer to earlier ones."
 HOUR = 3600
+MAX_FILE_SIZE = 100 * 2**20  # bytes
 # One generation at a time, whoever asks for it: the others wait in one queue and see their place.
 GENERATION = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
 # Figures wait in the runner for the model alone, so that drawing them holds up nobody's generation.
@@ -47,13 +50,10 @@ THEME = gr.themes.Default(
 def one_sentence():
     """Shows what is wrong with an input to whoever gave it, and a traceback to nobody."""
     try:
-        yield
-    except ValueError as error:
+        with memory():
+            yield
+    except HealthGPTError as error:
         raise gr.Error(str(error), print_exception=False) from error
-    except ModuleNotFoundError as error:  # of the medical files
-        raise gr.Error(f"This {missing(error)}", print_exception=False) from error
-    except torch.OutOfMemoryError as error:
-        raise gr.Error(TOO_LITTLE_MEMORY, print_exception=False) from error
 
 
 def sampling(sample: bool, temperature: float, top_p: float, seed: int | None) -> dict:
@@ -90,7 +90,7 @@ class Handlers:
         """The picture in a file as the model gets it: RGB, 8 bits."""
         try:
             return load_picture(open_picture(path, frame), self.image_size)
-        except (ValueError, OSError) as error:
+        except HealthGPTError as error:
             raise HealthGPTError(str(error).replace(path, Path(path).name)) from error
 
     def message(self, shown: dict) -> dict:
@@ -221,18 +221,19 @@ def generate_on_submit(
         end(lambda: show(running=False), None, buttons, **CONTROL)
 
 
-def build(runner: Runner, with_examples: bool) -> gr.Blocks:
+def build(runner: Runner, with_examples: bool, debug: bool = False) -> gr.Blocks:
     """
     The page.
 
     Args:
         runner (`Runner`): The model.
         with_examples (`bool`): Whether to offer phantoms, which only the small model knows.
+        debug (`bool`, defaults to `False`): Whether tracebacks of what is no user's mistake are shown.
     """
     handlers = Handlers(runner)
     model = runner.model
     kinds = {task.kind for task in model.config.tasks.values()}
-    with gr.Blocks(title="HealthGPT", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as page:
+    with Page(debug, title="HealthGPT", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as page:
         gr.HTML(HEADER.format(name=html.escape(Path(model.name_or_path).name)), elem_id="header", padding=False)
         with gr.Tabs():
             if "text" in kinds:
@@ -293,10 +294,28 @@ def build(runner: Runner, with_examples: bool) -> gr.Blocks:
     return page
 
 
-def serve(runner: Runner, host: str, port: int, with_examples: bool) -> gr.Blocks:
-    """Starts to serve the page, to this machine or network only, and returns it."""
-    page = build(runner, with_examples)
+def serve(
+    runner: Runner,
+    host: str,
+    port: int,
+    with_examples: bool,
+    max_file_size: int = MAX_FILE_SIZE,
+    debug: bool = False,
+) -> gr.Blocks:
+    """
+    Starts to serve the page, to this machine or network only, and returns it.
+
+    Args:
+        runner, with_examples, debug: As in [`build`].
+        host (`str`): Address to listen at.
+        port (`int`): Port to listen at.
+        max_file_size (`int`, defaults to 100 MB): Bytes of the largest file that is taken, and of the body of any other request.
+    """
+    page = build(runner, with_examples, debug)
+    route_utils.GradioMultiPartParser = NamelessParser  # Gradio has no setting for the names of uploads
     page.launch(
+        max_file_size=max_file_size,
+        app_kwargs={"middleware": [Middleware(Guard, max_bytes=max_file_size, debug=debug)]},
         prevent_thread_lock=True,
         server_name=host,
         server_port=port,

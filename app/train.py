@@ -1,17 +1,32 @@
 """`healthgpt train`: one stage of training, from a checkpoint and JSON lines to a plugin or a checkpoint."""
 
 import contextlib
+import importlib
 import math
 import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import typer
 
 from ..errors_healthgpt import HealthGPTError
-from .common import AsJson, Device, Dtype, RequiredCheckpoint, bars, load, print_result, read, require_file, working
+from ..refusals import files, memory, printable
+from .common import (
+    AsJson,
+    Device,
+    Dtype,
+    RequiredCheckpoint,
+    bars,
+    load,
+    print_result,
+    read,
+    require_file,
+    starting,
+    stoppable,
+)
 
 # What may change when a run goes on: it may be longer, keep other checkpoints, and run on other hardware.
 MAY_CHANGE = {"output", "epochs", "max_steps", "save_total_limit", "workers", "gradient_checkpointing", "resume"}
@@ -72,23 +87,12 @@ def train(
 
     Example: healthgpt train pairs.jsonl -c HealthGPT-M3 -o ct-to-mri --task ct_to_mri --init-from generation
     """
-    with working("Starting"):
-        import transformers
+    with starting():
+        from ..runs import RUN_NAME, require_same, state_of
+        from ..training import STAGES
 
-        from ..runs import RUN_NAME, begin, require_same, state_of, state_of_files
-        from ..samples import pictures_of
-        from ..training import (
-            STAGES,
-            HealthGPTTrainer,
-            TrainingCollator,
-            add_codes,
-            add_task,
-            last_checkpoint,
-            recipe_of,
-            save_plugin,
-            start_fusion,
-            training_arguments,
-        )
+        for package in ("accelerate", "tensorboard"):  # which the Trainer imports late, and misses with other errors
+            importlib.import_module(package)
 
     for path in filter(None, (data, eval_data)):
         require_file(path)
@@ -105,57 +109,125 @@ def train(
     for name in ("checkpoint", "data", "eval_data"):
         if settings[name] is not None:
             settings[f"{name}_state"] = state_of(settings[name])
-    if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    with files(output):
+        is_taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if not resume and is_taken:
         raise HealthGPTError(f"{output} exists and is not an empty folder; --resume goes on with the run in it.")
     if resume and not (output / RUN_NAME).is_file():
         raise HealthGPTError(f"{output} holds no run that could go on: start one without --resume.")
     if resume:
         require_same(output, settings)
-    model, processor = load(checkpoint, device, dtype)
-    transformers.set_seed(seed)
-    tasks = model.config.tasks
-    if task is not None and task not in tasks:
-        chosen = {"kind": kind, "rank": rank, "num_experts": experts, "alpha": alpha}
-        add_task(model, processor, task, new_settings(tasks, task, init_from, chosen), init_from)
-    elif any(option is not None for option in (kind, init_from, rank, experts, alpha)):
-        raise HealthGPTError("--kind, --init-from, --rank, --experts and --alpha are for a --task that is new.")
+    with stoppable(lambda: kept(output)), memory():
+        folders = run_stage(SimpleNamespace(**context.params), settings)
+    written = list(map(str, folders))
+    if folders:
+        print_result(as_json, "\n".join(map(printable, written)), {"plugins": written})
 
-    kinds = {name: known.kind for name, known in tasks.items()}
-    samples = read(data, model, processor, task)
-    held_out = None if eval_data is None else read(eval_data, model, processor, task)
-    settings["pictures_state"] = state_of_files(
-        pictures_of(samples) | (set() if held_out is None else pictures_of(held_out))
-    )
-    if resume:
+
+def kept(output: Path) -> str:
+    """What a training that is stopped leaves, and how to go on."""
+    from ..runs import RUN_NAME
+    from ..training import last_checkpoint
+
+    if not (output / RUN_NAME).is_file():
+        return "Nothing was written; the same command starts again."
+    reached = last_checkpoint(output)
+    if reached is None:
+        return f"{output} holds no checkpoint yet; the same command with --resume starts from the first step."
+    return f"{reached} is kept; the same command with --resume goes on from there."
+
+
+def run_stage(options: SimpleNamespace, settings: dict) -> list[Path]:
+    """Trains as the options of `train` say and returns the folders of the plugins; none in other processes than the first."""
+    import transformers
+
+    from ..runs import begin, require_same, state_of_files
+    from ..samples import pictures_of
+    from ..training import add_task, last_checkpoint, save_plugin
+
+    output = options.output
+    model, processor = load(options.checkpoint, options.device, options.dtype)
+    transformers.set_seed(options.seed)
+    tasks = model.config.tasks
+    chosen = {name: getattr(options, name) for name in ("kind", "rank", "experts", "alpha")}
+    if options.task is not None and options.task not in tasks:
+        chosen["num_experts"] = chosen.pop("experts")
+        new = new_settings(tasks, options.task, options.init_from, chosen)
+        add_task(model, processor, options.task, new, options.init_from)
+    elif any(option is not None for option in (options.init_from, *chosen.values())):
+        raise HealthGPTError("--kind, --init-from, --rank, --experts and --alpha are for a --task that is new.")
+    samples = read(options.data, model, processor, options.task)
+    held_out = None if options.eval_data is None else read(options.eval_data, model, processor, options.task)
+    pictures = pictures_of(samples) | (set() if held_out is None else pictures_of(held_out))
+    with files("An image of the samples"):
+        settings["pictures_state"] = state_of_files(pictures)
+    if options.resume:
         require_same(output, settings)  # with the pictures, before anything takes long
     trained = sorted(set(samples["task"]))
-    if stage != "fusion" and len({kinds[name] for name in trained}) > 1:
+    if options.stage != "fusion" and len({tasks[name].kind for name in trained}) > 1:
         raise HealthGPTError(
-            f"{data} has tasks of both kinds, {', '.join(trained)}; this stage trains one kind at a time."
+            f"{options.data} has tasks of both kinds, {', '.join(trained)}; this stage trains one kind at a time."
         )
-    recipe = changed(recipe_of(stage, kinds[trained[0]], model.config), batch_size, learning_rate, dropout)
-    answering = start_fusion(model, trained) if stage == "fusion" else {}
+    trainer, answering = trainer_of(options, model, processor, samples, held_out, trained)
+    if trainer.is_world_process_zero():
+        begin(output, settings)
+    steps = math.ceil(len(samples) / trainer.recipe.batch_size)  # of a pass
+    with (
+        files(output, "written"),
+        contextlib.redirect_stdout(sys.stderr),
+    ):  # where progress goes; the Trainer prints its losses
+        reached = last_checkpoint(output) if options.resume else None
+        if reached is not None and int(reached.rpartition("-")[2]) >= (
+            options.max_steps or math.ceil(options.epochs * steps)
+        ):
+            trainer._load_from_checkpoint(reached)  # the Trainer would take a step more
+        else:
+            trainer.train(resume_from_checkpoint=reached)
+    if not trainer.is_world_process_zero():
+        return []
+    for name, tables in answering.items():
+        model.use_token_tables(tables, [name])
+    folders = [output / name for name in trained if name not in answering]
+    for folder in folders:
+        save_plugin(model, folder.name, folder, with_tables=options.stage == "fusion")
+    return folders
 
-    steps = math.ceil(len(samples) / recipe.batch_size)  # of a pass
+
+def trainer_of(options: SimpleNamespace, model, processor, samples, held_out, trained: list[str]):
+    """The trainer of a stage, once every sample was tried; and the tables that tasks that answer get back after fusion."""
+    from ..training import (
+        HealthGPTTrainer,
+        TrainingCollator,
+        add_codes,
+        recipe_of,
+        start_fusion,
+        training_arguments,
+    )
+
+    kind = model.config.tasks[trained[0]].kind
+    recipe = changed(
+        recipe_of(options.stage, kind, model.config), options.batch_size, options.learning_rate, options.dropout
+    )
+    answering = start_fusion(model, trained) if options.stage == "fusion" else {}
     arguments = training_arguments(
         recipe,
         model,
-        output,
-        per_device_batch_size,
-        num_train_epochs=epochs,
-        max_steps=max_steps or -1,
-        save_steps=save_steps,
-        save_total_limit=save_total_limit,
-        logging_steps=logging_steps,
+        options.output,
+        options.per_device_batch_size,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        save_steps=options.save_steps,
+        save_total_limit=options.save_total_limit,
+        logging_steps=options.logging_steps,
         # By steps: what is logged "by epoch" comes after the checkpoint of the epoch's last step, and a run that goes on there lacks it.
         eval_strategy="no" if held_out is None else "steps",
-        eval_steps=steps,
-        dataloader_num_workers=workers,
-        seed=seed,
+        eval_steps=math.ceil(len(samples) / recipe.batch_size),
+        dataloader_num_workers=options.workers,
+        seed=options.seed,
         use_cpu=model.device.type == "cpu",
         report_to="tensorboard",
         disable_tqdm=False,
-        **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
+        **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}),
     )
     if arguments.n_gpu > 1:
         raise HealthGPTError(
@@ -165,37 +237,23 @@ def train(
     with arguments.main_process_first():
         samples = add_codes(samples, model, processor)
         held_out = None if held_out is None else add_codes(held_out, model, processor)
-    collator = TrainingCollator(processor, max_length)
+    collator = TrainingCollator(processor, options.max_length)
     needs_pictures = set(recipe.learning_rates) == {"projector"}
     with bars() as progress:
-        for path, rows in ((data, samples), (eval_data, held_out)):
+        for path, rows in ((options.data, samples), (options.eval_data, held_out)):
             if rows is not None:
                 collator.check(progress.track(rows, description="Trying every line"), path, needs_pictures)
-    trainer = HealthGPTTrainer(
-        model,
-        recipe,
-        trained,
-        args=arguments,
-        train_dataset=samples,
-        eval_dataset=held_out,
-        data_collator=collator,
-    )
-    if trainer.is_world_process_zero():
-        begin(output, settings)
-    with contextlib.redirect_stdout(sys.stderr):  # where progress goes; the Trainer prints its losses
-        reached = last_checkpoint(output) if resume else None
-        if reached is not None and int(reached.rpartition("-")[2]) >= (max_steps or math.ceil(epochs * steps)):
-            trainer._load_from_checkpoint(reached)  # the Trainer would take a step more
-        else:
-            trainer.train(resume_from_checkpoint=reached)
-    if not trainer.is_world_process_zero():
-        return
-    for name, tables in answering.items():
-        model.use_token_tables(tables, [name])
-    folders = [output / name for name in trained if name not in answering]
-    for folder in folders:
-        save_plugin(model, folder.name, folder, with_tables=stage == "fusion")
-    print_result(as_json, "\n".join(map(str, folders)), {"plugins": list(map(str, folders))})
+    with files(options.output, "made"):
+        trainer = HealthGPTTrainer(
+            model,
+            recipe,
+            trained,
+            args=arguments,
+            train_dataset=samples,
+            eval_dataset=held_out,
+            data_collator=collator,
+        )
+    return trainer, answering
 
 
 def changed(recipe, batch_size: int | None, learning_rate: float | None, dropout: float | None):

@@ -25,13 +25,12 @@ import importlib
 import logging
 import re
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +42,10 @@ from transformers.utils.logging import disable_progress_bar
 from .. import HealthGPTForConditionalGeneration, HealthGPTProcessor
 from ..conversations import conversation, prepare
 from ..errors_healthgpt import HealthGPTError
+from ..hub_export.confine import reading
 from ..hub_export.quantize import BASE_WEIGHT
-from ..hub_export.sources import reading
 from ..phantoms import drawing_sample
+from ..refusals import files, loading, memory, temporary_folder
 
 BITS = {
     "8bit": {"load_in_8bit": True},
@@ -64,6 +64,7 @@ BYTES = {
 PRECISIONS = tuple(BYTES)
 COLUMNS = ("file", "resident", "peak", "load", "first token", "tokens/s", "KL", "top-1", "codes", "PSNR")
 QUESTION = "Describe this picture."
+STATUS = Path("/proc/self/status")
 
 
 @dataclass
@@ -121,10 +122,11 @@ def measure(
             disk, which is slow, but the numbers to compare with are right.
 
     Raises:
-        HealthGPTError: if the checkpoint cannot be loaded in this precision, or memory runs out.
+        HealthGPTError: if the checkpoint cannot be loaded in this precision, memory runs out, or nothing tells how much is used.
     """
+    require_memory_figures()
     answer = None if reference is None else reference.answer
-    with tempfile.TemporaryDirectory() as folder:
+    with memory(), temporary_folder() as folder:
         settings = {"dtype": precision}
         if cpu_memory is not None:
             settings |= {"device_map": "auto", "max_memory": {"cpu": cpu_memory}, "offload_folder": folder}
@@ -157,7 +159,12 @@ def compare(reference: Measurement, found: Measurement) -> dict[str, float]:
 def in_own_process(function: Callable, *arguments):
     """What a function of a module returns in a new process, whose memory is its own; an interrupt ends it at once."""
     with ProcessPoolExecutor(1, get_context("spawn"), prepare_process) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except KeyboardInterrupt:  # which a terminal sends to both, and others to this process alone
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def prepare_process() -> None:
@@ -171,8 +178,12 @@ def prepare_process() -> None:
 
 def quantise(checkpoint: str | Path, precision: str, output: str) -> None:
     settings = {"quantization_config": BitsAndBytesConfig(**BITS[precision]), "device_map": {"": "cpu"}}
-    load(checkpoint, dtype="bfloat16", **settings).save_pretrained(output)
-    HealthGPTProcessor.from_pretrained(checkpoint).save_pretrained(output)
+    model = load(checkpoint, dtype="bfloat16", **settings)
+    with loading(checkpoint):
+        processor = HealthGPTProcessor.from_pretrained(checkpoint)
+    with files(output, "written"):
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
 
 
 def load(checkpoint: str | Path, **settings):
@@ -190,7 +201,8 @@ def run(
     reference: list[int] | None,
 ) -> Measurement:
     """Loads a checkpoint with settings of `from_pretrained`, answers and draws; `reference` is an answer to compare."""
-    processor = HealthGPTProcessor.from_pretrained(checkpoint)
+    with loading(checkpoint):
+        processor = HealthGPTProcessor.from_pretrained(checkpoint)
     if precision in BITS:
         importlib.import_module("bitsandbytes")  # neither its time nor its memory is that of the weights
     before = gigabytes("VmRSS")
@@ -252,6 +264,15 @@ class Clock:
         pass
 
 
+def require_memory_figures() -> None:
+    """
+    Raises:
+        HealthGPTError: where the system has no file that tells the memory of a process.
+    """
+    if not STATUS.is_file():
+        raise HealthGPTError(f"The memory of a process is read from {STATUS}, which Linux has, and which is not here.")
+
+
 def gigabytes(field: str) -> float:
     """Memory of this process: `VmRSS` now, `VmHWM` at most (unlike that of getrusage, without its parent's)."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())[1]) * 1024 / 1e9

@@ -62,7 +62,7 @@ def answer_items(
 def open_pictures(item: Item, processor) -> list:
     try:
         return [load_picture(picture, processor.image_size) for picture in item.pictures()]
-    except (ValueError, OSError) as error:  # Pillow's own, of pictures in tables
+    except HealthGPTError as error:
         raise HealthGPTError(f"Question {item.name}: {error}") from error
 
 

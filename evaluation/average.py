@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 
 from ..errors_healthgpt import HealthGPTError
-from ..hub_export.families import read_json
+from ..hub_export.confine import read_json, reading
 from ..hub_export.presets import PRESETS
-from ..hub_export.sources import reading
 from .benchmarks import BENCHMARKS, DEFAULT_SPLITS
 from .records import RECORDS_NAME
 from .report import RESULTS_NAME

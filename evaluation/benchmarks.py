@@ -14,6 +14,7 @@ Questions of one's own are samples (`healthgpt.samples`).
 
 import ast
 import json
+import os
 import re
 import string
 from collections.abc import Callable, Iterator
@@ -25,8 +26,9 @@ from typing import Any
 from datasets import Dataset, Image, load_dataset
 
 from ..errors_healthgpt import HealthGPTError
-from ..hub_export.sources import reading
+from ..hub_export.confine import reading
 from ..medical import open_picture
+from ..refusals import reason_of
 from .scoring import is_closed
 
 MMMU_MED = (
@@ -91,16 +93,22 @@ def read_benchmark(name: str, path: Path, split: str | None = None) -> Iterator[
         raise HealthGPTError(
             f"There is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}, or samples of your own."
         )
-    if not path.exists():
+    if not os.path.exists(path):
         raise HealthGPTError(f"{path} does not exist.")
     try:
         yield from BENCHMARKS[name](path, split or DEFAULT_SPLITS.get(name, "test"))
+    except HealthGPTError:
+        raise
     except KeyError as error:
         raise HealthGPTError(
             f"{path} does not have the form of {name}: a question lacks the entry {error}."
         ) from error
     except FileNotFoundError as error:
         raise HealthGPTError(f"{path} does not have the form of {name}: {error} is missing.") from error
+    except OSError as error:
+        raise HealthGPTError(f"{error.filename or path} cannot be read: {reason_of(error)}.") from error
+    except (AttributeError, IndexError, SyntaxError, TypeError, ValueError) as error:  # an entry of another type
+        raise HealthGPTError(f"{path} does not have the form of {name}: {reason_of(error)}.") from error
 
 
 def closed_or_open(answer: str) -> str:
@@ -128,7 +136,8 @@ def read_parquet(path: Path, split: str) -> Iterator[Item]:
 
 
 def pictures_of(rows: Dataset, number: int, columns: list[str]) -> list:
-    row = rows[number]
+    with reading(f"The image of row {number}"):
+        row = rows[number]
     return [row[column] for column in columns if row[column] is not None]
 
 

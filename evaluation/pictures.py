@@ -1,5 +1,6 @@
 """Generation: drawn pictures against true ones, by the metrics of scikit-image and torchmetrics."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structu
 from ..conversations import conversation, prepare
 from ..errors_healthgpt import HealthGPTError
 from ..medical import open_picture
+from ..refusals import files, reason_of
 from .answers import mean_of
 from .records import Records
 
@@ -28,9 +30,10 @@ def pair_folders(drawn: Path, true: Path) -> list[tuple[Path, Path]]:
     """
     found = []
     for folder in (drawn, true):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise HealthGPTError(f"{folder} is no folder.")
-        paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+        with files(folder):
+            paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
         if not paths:
             raise HealthGPTError(f"{folder} has no pictures.")
         found.append({stem_of(path): path for path in paths})
@@ -85,7 +88,7 @@ def load_lpips() -> Callable:
     LPIPS (Zhang et al. 2018) of torchmetrics with AlexNet, as a function of two PIL pictures of at least 31 x 31 pixels, in percent.
 
     Raises:
-        HealthGPTError: if torchvision, whose AlexNet it needs, is not installed.
+        HealthGPTError: if torchvision, whose AlexNet it needs, is not installed, or its weights cannot be downloaded.
     """
     import torch
     from torchmetrics.utilities.imports import _TORCHVISION_AVAILABLE
@@ -96,7 +99,12 @@ def load_lpips() -> Callable:
         )
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+    try:
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+    except OSError as error:
+        raise HealthGPTError(
+            f"LPIPS needs the weights of AlexNet, which cannot be had: {reason_of(error)}."
+        ) from error
 
     def lpips(drawn, true):
         if min(drawn.size) < SMALLEST_LPIPS:
@@ -133,8 +141,12 @@ def draw_samples(
         records (`Records`): What an earlier run has drawn.
         batch_size (`int`, defaults to 8): Pictures drawn at once.
         progress (`Callable`, *optional*): Called with the number of pictures that were drawn since the last call.
+
+    Raises:
+        HealthGPTError: if a picture cannot be read or written.
     """
-    folder.mkdir(exist_ok=True)
+    with files(folder, "made"):
+        folder.mkdir(exist_ok=True)
     left = [
         number
         for number in range(len(samples))
@@ -154,7 +166,8 @@ def draw_samples(
         for number, picture in zip(
             numbers, processor.post_process_multimodal_output(pixels, generation_mode="image"), strict=True
         ):
-            picture.save(folder / f"{number}.png")
+            with files(folder / f"{number}.png", "written"):
+                picture.save(folder / f"{number}.png")
         records.add([{"name": str(number)} for number in numbers])
         progress(len(numbers))
 

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from ..hub_export.sources import reading
+from ..hub_export.confine import reading
+from ..refusals import files
 from ..runs import begin
 
 RECORDS_NAME = "records.jsonl"
@@ -24,15 +25,17 @@ class Records:
     def __init__(self, folder: Path, settings: dict):
         begin(folder, settings)
         self.path = folder / RECORDS_NAME
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        with reading(self.path):
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         if lines and not lines[-1].endswith("\n"):  # a kill left half a line
             lines = lines[:-1]
-            self.path.write_text("".join(lines), encoding="utf-8")
+            with files(self.path, "written"):
+                self.path.write_text("".join(lines), encoding="utf-8")
         with reading(self.path):
             self.done = {record["name"]: record for record in map(json.loads, lines)}
 
     def add(self, records: list[dict]) -> None:
-        """Keeps what one batch gave; every record has a `name` of its own."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        """Keeps what one batch gave; every record has a `name` of its own. Raises a `HealthGPTError` on a full disk."""
+        with files(self.path, "written"), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
         self.done |= {record["name"]: record for record in records}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..hub_export.presets import PRESETS
 from ..hub_export.write import write_json
+from ..refusals import files, printable
 from .benchmarks import BENCHMARKS
 
 RESULTS_NAME = "results.json"
@@ -36,8 +37,9 @@ def write_report(folder: Path, benchmark: str, summary: dict[str, dict], facts: 
         ]
         cells += [str(figures.get(metric, "")) for figures in published.values()]
         lines.append(f"| {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
-    (folder / "results.md").write_text(table)
+    table = "\n".join(map(printable, lines)) + "\n"
+    with files(folder / "results.md", "written"):
+        (folder / "results.md").write_text(table, encoding="utf-8")
     return table
 
 

@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors_healthgpt import HealthGPTError
 from ..processing_healthgpt import load_picture
+from ..refusals import extras
 from .greys import to_greys, value_range
 
 
@@ -32,8 +33,8 @@ def open_picture(path: str | Path, frame: int | None = None) -> Image.Image:
         `PIL.Image.Image`: Of mode `L` or `RGB`, without metadata.
 
     Raises:
-        HealthGPTError: if there is no such file or frame, or it is no picture that can be read.
-        ModuleNotFoundError: if the file needs the extra `dicom`, which is not installed.
+        HealthGPTError: if there is no such file or frame, it is no picture that can be read, or it needs the extra `dicom`,
+            which is not installed.
     """
     file = _open(Path(path))
     if frame is None:
@@ -50,7 +51,7 @@ def count_frames(path: str | Path) -> int:
     Number of frames, slices or pages of a file.
 
     Raises:
-        HealthGPTError, ModuleNotFoundError: As [`open_picture`].
+        HealthGPTError: As [`open_picture`].
     """
     return _open(Path(path)).num_frames
 
@@ -66,11 +67,13 @@ def _open(path: Path):
     except OSError as error:
         raise HealthGPTError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     if path.name.lower().endswith((".nii", ".nii.gz")):
-        from .nifti import NiftiFile
+        with extras():
+            from .nifti import NiftiFile
 
         return NiftiFile(path)
     if preamble.endswith(b"DICM") and len(preamble) == 132:
-        from .dicom import DicomFile
+        with extras():
+            from .dicom import DicomFile
 
         return DicomFile(path)
     return PlainFile(path)

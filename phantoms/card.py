@@ -51,14 +51,7 @@ it, in percent, in what it drew, in the true picture through the VQGAN and in th
 |---|---|---|---|---|
 {findings}
 
-{comparison}## On real pictures
-
-Pictures that nobody here drew, which it was never meant for:
-
-| picture | "What imaging modality is this?" | "Describe this picture." |
-|---|---|---|
-{real}
-"""
+{comparison}{real}"""
 COMPARISON = """Ways of training it, as the paper compares them (accuracies in percent, then the mean of SSIM and PSNR over the drawing tasks; the
 mixed stage has as many steps as the three together). Only stage 2 and the mixed stage train the rows of the token tables that are the
 image codes: without them, what is drawn is noise.
@@ -67,6 +60,14 @@ image codes: without them, what is drawn is noise.
 |---|---|---|---|---|
 {rows}
 
+"""
+REAL = """## On real pictures
+
+Pictures that nobody here drew, which it was never meant for:
+
+| picture | "What imaging modality is this?" | "Describe this picture." |
+|---|---|---|
+{rows}
 """
 
 
@@ -82,7 +83,7 @@ def nano_card(
         own (`dict[str, dict]`): `answers`, `pictures` and `findings` of [`report_answers`], [`report_pictures`] and
             [`report_findings`].
         compared (`dict[str, dict]`): The same by other ways of training, if these were compared.
-        real (`dict[str, tuple[str, str]]`): Its modality and its description of real pictures, by name.
+        real (`dict[str, tuple[str, str]]`): Its modality and its description of real pictures, by name, if there are some.
     """
     data = ModelCardData(
         license="apache-2.0",
@@ -123,7 +124,9 @@ def nano_card(
         pictures="\n".join(pictures),
         findings="\n".join(findings),
         comparison=COMPARISON.format(rows="\n".join(rows)) if compared else "",
-        real="\n".join(f"| {picture} | {' | '.join(texts)} |" for picture, texts in real.items()),
+        real=REAL.format(rows="\n".join(f"| {picture} | {' | '.join(texts)} |" for picture, texts in real.items()))
+        if real
+        else "",
     )
 
 

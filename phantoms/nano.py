@@ -16,6 +16,7 @@ first stage alone, without the second, all in one mixed stage of as many steps) 
 import argparse
 import json
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from .. import HealthGPTForConditionalGeneration, HealthGPTProcessor
+from ..app.common import stoppable
+from ..errors_healthgpt import HealthGPTError
 from ..hub_export import ExportSources, export
 from ..hub_export.card import CARD_NAME
 from ..hub_export.plugins import extract_plugin
 from ..hub_export.write import write_json
+from ..refusals import files, memory, printable
 from ..runs import begin
 from ..samples import read_samples
 from ..training import (
@@ -48,7 +52,7 @@ from .parts import Log, build_base, build_vision, build_vqgan
 from .report import describe, draw_tasks, report_answers, report_findings, report_pictures
 from .samples import write_samples
 
-REAL = Path(__file__).parent.parent / "tests/golden/images"
+REAL = Path(__file__).parent.parent / "tests/golden/images"  # which a clone has, and an installed package has not
 RANKS = {"comprehension": (16, 4), "generation": (64, 4)}
 KINDS = {"comprehension": "text", "generation": "image"}
 COMPREHENSION_SAMPLES, DRAWING_SAMPLES = 12000, 18000
@@ -285,7 +289,14 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of steps and samples")
     parser.add_argument("--compare", action="store_true", help="train it in other ways too and put them beside it")
     arguments = parser.parse_args()
-    build(arguments.work, arguments.output, arguments.scale, arguments.compare)
+    kept = f"What is finished is kept in {arguments.work}; the same command goes on from there."
+    try:
+        with stoppable(lambda: kept), memory(), files(arguments.work, "used"):
+            build(arguments.work, arguments.output, arguments.scale, arguments.compare)
+    except HealthGPTError as error:
+        sys.exit(f"Error: {printable(str(error))}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -156,9 +156,11 @@ def draw(model, processor, samples: list[dict]) -> list[Image.Image]:
 
 
 def describe(model, processor, folder: Path) -> dict[str, tuple[str, str]]:
-    """Modality and description that a model gives of the pictures of a folder, by their names."""
+    """Modality and description that a model gives of the pictures of a folder, by their names; none if there is no such folder."""
     questions = ("What imaging modality is this?", "Describe this picture.")
     paths = sorted(folder.glob("*.png"))
+    if not paths:
+        return {}
     items = [
         Item(f"{path.stem} {text}", text, "", "open", partial(list, [path])) for path in paths for text in questions
     ]

@@ -23,6 +23,7 @@ from transformers import BatchFeature
 from ..conversations import conversation, prepare
 from ..errors_healthgpt import HealthGPTError
 from ..medical import open_picture
+from ..refusals import files
 
 IGNORED = -100
 
@@ -32,6 +33,9 @@ def add_codes(samples: Dataset, model, processor, batch_size: int = 8) -> Datase
     Gives samples with a target picture their `target_codes`, from the VQGAN's encoder in float32.
 
     They are computed once for a set of pictures and a VQGAN, and then come from the cache of the `datasets` library.
+
+    Raises:
+        HealthGPTError: if a picture cannot be read, or the cache not written.
     """
     paths = samples["target_image"]
     targets = list(dict.fromkeys(filter(None, paths)))
@@ -39,7 +43,8 @@ def add_codes(samples: Dataset, model, processor, batch_size: int = 8) -> Datase
         return samples
     digest = hashlib.sha256()
     for path in targets:
-        status = Path(path).stat()
+        with files(path):
+            status = Path(path).stat()
         digest.update(f"{Path(path).resolve()} {status.st_size} {status.st_mtime_ns} ".encode())
     vqgan = copy.deepcopy(model.model.vqgan).float()
     for tensor in vqgan.state_dict().values():
@@ -50,16 +55,17 @@ def add_codes(samples: Dataset, model, processor, batch_size: int = 8) -> Datase
         return {"codes": vqgan.encode(pixels.to(model.device)).tolist()}
 
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "healthgpt_codes"
-    cache.mkdir(parents=True, exist_ok=True)
-    encoded = Dataset.from_dict({"path": targets}).map(
-        encode,
-        batched=True,
-        batch_size=batch_size,
-        features=Features({"path": Value("string"), "codes": List(Value("int32"))}),
-        cache_file_name=str(cache / f"{digest.hexdigest()}.arrow"),
-        new_fingerprint=digest.hexdigest()[:32],
-        desc="Encoding target pictures",
-    )
+    with files(cache, "written"):
+        cache.mkdir(parents=True, exist_ok=True)
+        encoded = Dataset.from_dict({"path": targets}).map(
+            encode,
+            batched=True,
+            batch_size=batch_size,
+            features=Features({"path": Value("string"), "codes": List(Value("int32"))}),
+            cache_file_name=str(cache / f"{digest.hexdigest()}.arrow"),
+            new_fingerprint=digest.hexdigest()[:32],
+            desc="Encoding target images",
+        )
     # As Arrow: the codes of half a million pictures are 2 GB there, and 20 GB as lists of Python. Rows, not paths, join them: the
     # cache may name pictures by other paths.
     rows = {path: row for row, path in enumerate(targets)}
@@ -141,7 +147,7 @@ class TrainingCollator:
                 if needs_pictures and not sample["input_image"]:
                     raise HealthGPTError("only the projector is trained, and it has no input_image for it.")
                 self._collate([sample | {"input_image": [blank] * len(sample["input_image"])}])
-            except ValueError as error:
+            except HealthGPTError as error:
                 raise HealthGPTError(f"Line {number} of {path} cannot be trained on: {error}") from error
 
     def _answer(self, sample, prompt_length) -> torch.LongTensor:

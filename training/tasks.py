@@ -9,6 +9,7 @@ from ..errors_healthgpt import HealthGPTError
 from ..hub_export.plan import is_finite
 from ..hub_export.plugins import write_plugin
 from ..hub_export.write import task_of
+from ..refusals import files
 
 
 def add_task(model, processor, name: str, settings: dict, init_from: str | None = None) -> None:
@@ -79,7 +80,7 @@ def save_plugin(model, task: str, folder: Path, with_tables: bool = False) -> No
             are its own then.
 
     Raises:
-        HealthGPTError: if its weights are no finite numbers any more.
+        HealthGPTError: if its weights are no finite numbers any more, or the folder cannot be written.
     """
     dtype, settings = model.lm_head.weight.dtype, asdict(model.config.tasks[task])
     owned = {name: value for name, value in model.state_dict().items() if task_of(name, model.config) == task}
@@ -91,5 +92,6 @@ def save_plugin(model, task: str, folder: Path, with_tables: bool = False) -> No
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in owned.items()}
     if not all(is_finite(tensor) for tensor in tensors.values()):
         raise HealthGPTError(f"The training of {task!r} diverged, and nothing was saved: lower the learning rate.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_plugin(folder, task, settings, tensors)
+    with files(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_plugin(folder, task, settings, tensors)

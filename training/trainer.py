@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors_healthgpt import HealthGPTError
-from ..hub_export.sources import reading
+from ..hub_export.confine import reading
 from .recipes import Recipe
 from .tasks import parts_of
 
@@ -80,7 +80,7 @@ class HealthGPTTrainer(Trainer):
 
     def __init__(self, model, recipe: Recipe, tasks: list[str], **kwargs):
         model.requires_grad_(False)
-        self.learning_rates = recipe.learning_rates
+        self.recipe = recipe
         self.parts = {part: parts_of(model, part, tasks) for part in recipe.learning_rates}
         for parameters in self.parts.values():
             for parameter in parameters:
@@ -99,7 +99,9 @@ class HealthGPTTrainer(Trainer):
     def create_optimizer(self, model=None):
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         options.pop("lr")
-        groups = [{"params": parameters, "lr": self.learning_rates[part]} for part, parameters in self.parts.items()]
+        groups = [
+            {"params": parameters, "lr": self.recipe.learning_rates[part]} for part, parameters in self.parts.items()
+        ]
         self.optimizer = kind(groups, lr=self.args.learning_rate, weight_decay=self.args.weight_decay, **options)
         return self.optimizer
 

@@ -21,10 +21,11 @@ from pydicom.data import get_testdata_file
 from transformers import AutoConfig, AutoProcessor
 from typer.testing import CliRunner
 
-from healthgpt.app.answers import AnswerTable
+from healthgpt.app.answers import AnswerTable, parse_csv
 from healthgpt.app.ask import find_files
 from healthgpt.app.cli import app
 from healthgpt.app.streamers import AnswerStreamer
+from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.hub_export import export
 from healthgpt.medical import open_picture
 
@@ -170,6 +171,8 @@ def test_a_stopped_run_leaves_whole_rows_and_goes_on(number, code, folder, pictu
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code and "Traceback" not in errors
     before = rows_of(output)
+    kept = f"{len(before)} answers are kept in {output}; the same command goes on from there."
+    assert (kept in errors) == (number == signal.SIGINT)
     assert 1 < len(before) < 46 and output.read_bytes().endswith(b"\n")
     assert [path for path in tmp_path.iterdir() if path != pictures] == [output]
     result = ask(*arguments[1:])
@@ -184,7 +187,7 @@ ANSWERS = {
     "ü,b.png": "\u2028 sí\n",
     "c.png": "",
     "d.png": "one\rtwo",
-    "\r.png": "one\r\ntwo\\",
+    "g\r.png": "one\r\ntwo\\",
     "e.png": 'says: "yes", or: ',
     'f": "".png': '"',
 }
@@ -196,6 +199,48 @@ def test_other_programs_read_a_csv_table(tmp_path):
     with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, strict=True))
     assert rows == [{"file": name, "answer": answer} | settings for name, answer in ANSWERS.items()]
+
+
+RUN_BY_SPREADSHEETS = [
+    "=1+1",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "  =1",
+    "\u3000=1",
+    "\ttext",
+    "\uff1d1",
+    "- left",
+    "'=1",
+    "''+1",
+]
+
+
+def test_a_spreadsheet_runs_no_cell_and_every_cell_is_read_back(tmp_path):
+    names = [f"{cell}.png" for cell in RUN_BY_SPREADSHEETS]
+    answers = dict(
+        zip([*names, "plain.png", "'quoted'.png"], [*RUN_BY_SPREADSHEETS, "a = b", "'quoted'"], strict=True)
+    )
+    settings = SETTINGS | {"question": "=cmd|' /C calc'!A0", "checkpoint": "@x", "folder": "-y"}
+    AnswerTable(tmp_path / "a.csv", settings).add(answers)
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file, strict=True))
+    cells = [cell for row in rows for cell in row]
+    assert not [
+        cell
+        for cell in cells
+        if cell.lstrip()[:1] in tuple("=+-@\uff0b\uff0d\uff1d\uff20") or cell[:1] in tuple("\t\r\n")
+    ]
+    assert [row[2] for row in rows[-2:]] == ["a = b", "'quoted'"]
+    table = AnswerTable(tmp_path / "a.csv", settings)
+    assert table.done == set(answers)
+    content = (tmp_path / "a.csv").read_bytes().decode()
+    assert [(row["file"], row["answer"], row["question"]) for row in parse_csv(content)[0]] == [
+        (name, answer, settings["question"]) for name, answer in answers.items()
+    ]
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
@@ -219,7 +264,7 @@ def test_a_row_that_was_cut_off_is_taken_away(ending, tmp_path):
 def test_a_full_disk_is_told_and_the_next_run_goes_on(ending, tmp_path):
     path = tmp_path / f"answers.{ending}"
     answers = {f"{number}.png": "word " * 20 for number in range(10)}
-    with full_disk(1000), pytest.raises(OSError):
+    with full_disk(1000), pytest.raises(HealthGPTError, match="cannot be written: File too large"):
         AnswerTable(path, SETTINGS).add(answers)
     assert path.stat().st_size == 1000
     table = AnswerTable(path, SETTINGS)

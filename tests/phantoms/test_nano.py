@@ -129,7 +129,7 @@ def test_the_demonstration_answers_five_questions_and_draws_five_pictures(tmp_pa
         assert part.resize((64, 64), Image.Resampling.NEAREST).tobytes() == drawn.tobytes()
 
 
-def test_it_is_built_from_nothing_and_a_second_run_has_nothing_to_train(tmp_path, monkeypatch):
+def test_it_is_built_from_nothing_and_a_second_run_has_nothing_to_train(tmp_path, monkeypatch, capsys):
     """At 0.3 % of its steps and samples, which teach nothing."""
     monkeypatch.setattr(nano, "REAL", GOLDEN / "images")
     nano.build(tmp_path / "work", tmp_path / "small", scale=0.003)
@@ -146,5 +146,23 @@ def test_it_is_built_from_nothing_and_a_second_run_has_nothing_to_train(tmp_path
         path: path.stat().st_mtime_ns for path in (tmp_path / "work/stages").rglob("trained.safetensors")
     } == trained
     assert "| stage 1 alone | " in (tmp_path / "small/README.md").read_text()
-    with pytest.raises(ValueError, match=r"other settings: scale was 0.003 and is 0.004\."):
-        nano.build(tmp_path / "work", tmp_path / "small", scale=0.004)
+    monkeypatch.setattr(nano, "REAL", tmp_path / "not in a wheel")
+    monkeypatch.setattr(sys, "argv", ["nano", str(tmp_path / "work"), str(tmp_path / "small"), "--scale", "0.003"])
+    nano.main()
+    card = (tmp_path / "small/README.md").read_text()
+    assert "On the test split" in card and "On real pictures" not in card
+    assert {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "work/stages").rglob("trained.safetensors")
+    } == trained
+    monkeypatch.setattr(nano, "build", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        nano.main()
+    assert stop.value.code == 130 and f"kept in {tmp_path / 'work'}; the same command" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["nano", str(tmp_path / "work"), str(tmp_path / "small"), "--scale", "0.004"])
+    with pytest.raises(SystemExit, match=r"other settings: scale was 0.003 and is 0.004\."):
+        nano.main()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt

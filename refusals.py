@@ -1,0 +1,154 @@
+"""
+What users, their files, machines and networks do to the package, as sentences: each context manager turns what a library raises for
+one such cause into a [`HealthGPTError`], and lets everything else, which is a mistake of programming, pass.
+"""
+
+import tempfile
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors_healthgpt import HealthGPTError
+
+# Packages that only some parts need, and the extra that brings them.
+EXTRA_OF = {"accelerate": "train", "datasets": "train", "pyarrow": "train", "tensorboard": "train"}
+EXTRA_OF |= {
+    "sentencepiece": "export",
+    "scipy": "eval",
+    "skimage": "eval",
+    "torchmetrics": "eval",
+    "pydicom": "dicom",
+    "nibabel": "dicom",
+}
+EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui", "bitsandbytes": "quantization", "torchao": "torchao"}
+
+# In errors that are no OSErrors: safetensors and torch.save on a full disk, and pathlib before Python 3.13.
+REFUSED = ("I/O error", "PytorchStreamWriter", "inline_container", "Symlink loop")
+
+TOO_LITTLE_MEMORY = (
+    "The device has too little memory for this: give fewer images, a smaller batch, or load a quantised checkpoint."
+)
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not obey: control characters, marks of direction and bytes of no UTF-8 as escapes."""
+    return "".join(character if character.isprintable() else escape(character) for character in text)
+
+
+def escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character if unicodedata.category(character) == "Zs" else character.encode("unicode_escape").decode()
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library says of an error, on one line and without a full stop."""
+    strerror = getattr(error, "strerror", None)  # of an OSError, without the number and the name
+    return " ".join(str(strerror or error).split()).rstrip(".") or type(error).__name__
+
+
+@contextmanager
+def files(path: str | Path, done: str = "read") -> Iterator[None]:
+    """
+    The use of files or a folder: whatever is in its way (no permission, no space, a name too long, a file for a folder) is a sentence.
+
+    Args:
+        path (`str` or `Path`): What is used.
+        done (`str`, defaults to `"read"`): What is done to it, a participle.
+
+    Raises:
+        HealthGPTError: if the operating system refuses.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        other = str(error.filename or path)  # of what is used with it, or lies in it
+        within = "" if other in (str(path), f"{path}.unfinished") else f"{other}: "
+        raise HealthGPTError(f"{path} cannot be {done}: {within}{reason_of(error)}.") from error
+    except (SafetensorError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in REFUSED):
+            raise
+        raise HealthGPTError(f"{path} cannot be {done}: {reason_of(error)}.") from error
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """
+    A folder that goes at the end.
+
+    Raises:
+        HealthGPTError: if none can be made.
+    """
+    with files("A temporary folder", "made"):
+        folder = tempfile.TemporaryDirectory()
+    with folder as path:
+        yield path
+
+
+@contextmanager
+def loading(checkpoint: str | Path) -> Iterator[None]:
+    """
+    The loading of a checkpoint by transformers, from a folder or the Hub.
+
+    Raises:
+        HealthGPTError: if a part is missing or damaged, or the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub.errors import HTTPError, StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except HealthGPTError:
+        raise
+    except SafetensorError as error:
+        raise HealthGPTError(f"The weights of {checkpoint} are damaged: {reason_of(error)}.") from error
+    except KeyError as error:
+        raise HealthGPTError(f"{checkpoint} cannot be loaded: it lacks the entry {error}.") from error
+    except (OSError, ValueError, HTTPError, StrictDataclassError) as error:
+        raise HealthGPTError(f"{checkpoint} cannot be loaded: {reason_of(error)}.") from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # tokenizers raises no other type for a file that is damaged.
+        raise HealthGPTError(f"The tokenizer of {checkpoint} is damaged: {reason_of(error)}.") from error
+
+
+@contextmanager
+def memory() -> Iterator[None]:
+    """
+    Work that may take more memory than there is.
+
+    Raises:
+        HealthGPTError: if it did.
+    """
+    from torch import OutOfMemoryError
+
+    try:
+        yield
+    except (OutOfMemoryError, MemoryError) as error:
+        raise HealthGPTError(TOO_LITTLE_MEMORY) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # the CPU's own has no type
+            raise
+        raise HealthGPTError(TOO_LITTLE_MEMORY) from error
+
+
+@contextmanager
+def extras() -> Iterator[None]:
+    """
+    Imports of packages that an extra brings.
+
+    Raises:
+        HealthGPTError: if one of them is not installed; what no extra brings is a mistake of programming.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA_OF:
+            raise
+        raise HealthGPTError(f"This needs {package}: pip install healthgpt[{EXTRA_OF[package]}].") from error

@@ -1,0 +1,323 @@
+"""What users do wrong, command by command: one sentence that names the value, exit code 1, nothing left behind; and Ctrl-C."""
+
+import contextlib
+import json
+import os
+import pty
+import shutil
+import sys
+
+import pytest
+from conftest import GOLDEN, full_disk
+
+from healthgpt.app.cli import main
+from healthgpt.app.common import NANO, split_arguments
+from healthgpt.errors_healthgpt import HealthGPTError
+from healthgpt.evaluation import answers as evaluation_answers
+from healthgpt.hub_export import merge
+from healthgpt.refusals import loading, memory
+from healthgpt.training import HealthGPTTrainer
+
+CT = GOLDEN / "images/ct.png"
+LONG = "a" * 300
+
+
+@pytest.fixture
+def ends(monkeypatch, capsys, tmp_path):
+    """Runs a command in a folder with some files; its exit code, what it printed, and what it said on stderr."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(CT, "ct.png")
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    (tmp_path / "study").mkdir()
+    shutil.copy(CT, "study/ct.png")
+    (tmp_path / "loop").symlink_to("loop")
+    sample = {"task": "comprehension", "instruction": "What is this?", "response": "A CT.", "input_image": "ct.png"}
+    (tmp_path / "answers.jsonl").write_text(f"{json.dumps(sample)}\n" * 3)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["healthgpt", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            return end.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "value"),
+    [
+        ("ask chest.png", "chest.png"),
+        ("ask questions.csv", "questions.csv"),
+        ("ask scan.nii.gz", "scan.nii.gz"),
+        ("ask SCAN.DCM", "SCAN.DCM"),
+        ("ask chest.heic", "chest.heic"),
+        ("ask studies/one", "studies/one"),
+        ("ask ./one", "./one"),
+        ("ask one/", "one/"),
+        ("ask C:\\scans\\one", "scans"),
+        ("ask ct.png prior.png", "prior.png"),
+        ("ask http://example.org/a.png", "http://example.org/a.png"),
+        ("ask https://example.org/a.png What?", "https://example.org/a.png"),
+        ("ask file:///a.png What?", "file:///a.png"),
+        ("draw chest.png -o out.png", "chest.png"),
+        ("draw http://example.org/a.png Draw. -o out.png", "http://example.org/a.png"),
+        ("explain chest.png -o out", "chest.png"),
+        ("explain http://example.org/a.png What? -o out", "http://example.org/a.png"),
+        (f"ask -c {LONG} What?", LONG),
+        (f"ask {LONG}.png What?", LONG),
+        (f"ask study What? -o {LONG}.csv", LONG),
+        ("ask study What? -o file/a.csv", "file"),
+        ("ask study What? -o loop/a.csv", "loop"),
+        ("ask What? --device meta", "meta"),
+        (f"draw Draw. -o {LONG}.png", LONG),
+        ("draw loop Draw. -o out.png", "loop"),
+        (f"draw Draw. -o out.png --sheet {LONG}.png", LONG),
+        ("draw Draw. -o /proc/out.png", "/proc/out.png"),
+        (f"explain What? -o {LONG}", LONG),
+        ("explain What? -o file/out", "file/out"),
+        ("explain What? -o loop", "loop"),
+        (f"info {LONG}", LONG),
+        ("info full", "full"),
+        (f"train {LONG} -c nano -o out", LONG),
+        (f"train answers.jsonl -c nano -o {LONG}", LONG),
+        ("train answers.jsonl -c nano -o file/out", "file/out"),
+        (f"eval answers slake {LONG} -c nano -o out", LONG),
+        (f"eval answers samples answers.jsonl -c nano -o {LONG}", LONG),
+        ("eval answers samples answers.jsonl -c nano -o file/out", "file/out"),
+        (f"eval draw {LONG} -c nano -o out", LONG),
+        (f"eval pictures {LONG} study -o out", LONG),
+        (f"eval pictures study study -o {LONG}", LONG),
+        (f"eval average {LONG} -o out", LONG),
+        (f"bench -c {LONG}", LONG),
+        (f"export --base full --vision full --comprehension file --output {LONG}", LONG),
+        (f"export --base {LONG} --vision full --comprehension file --output out", LONG),
+        ("export --base full --vision full --comprehension file --output full", "full"),
+        ("export --base full --vision full --comprehension file --output nowhere/out", "nowhere"),
+        ("export --base full --vision full --comprehension file --output loop", "loop"),
+        (f"plugin list {LONG}", LONG),
+        (f"plugin extract {LONG} generation -o out", LONG),
+        ("plugin extract nano generation -o full", "nano"),
+        (f"plugin add full {LONG}", "full"),
+        (f"push {LONG} user/name", LONG),
+        (f"ui --host {LONG}", LONG),
+        (f"ui -c {LONG} --port 7999", LONG),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_it(command, value, ends, tmp_path):
+    before = set(tmp_path.rglob("*"))
+    code, printed, said = ends(*command.split(" "))
+    [error] = [line for line in said.splitlines() if line.startswith("Error: ")]
+    assert (code, printed) == (1, "") and value in error and set(tmp_path.rglob("*")) == before
+
+
+QUESTIONS = (
+    "What is a CT?",
+    "Is this T1/T2 weighted?",
+    "Compare CT/MRI.",
+    "T1/T2?",
+    "Describe.",
+    "Diagnosis",
+    "Which formats are better, .png or .jpg?",
+    "What does scan.nii.gz show?",
+    "Describe the file chest.png.",
+    "What is 3.5 cm, e.g. here, w/o contrast",
+    "请描述CT/MRI图像",
+    "これはCT/MRIですか？",  # noqa: RUF001
+)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_alone_is_a_question(question):
+    assert split_arguments([question]) == ([], question)
+
+
+def test_a_question_alone_is_answered_and_nano_is_known_everywhere(ends):
+    code, printed, _ = ends("ask", "-c", "nano", "Compare CT/MRI.", "--max-new-tokens", 1)
+    assert code == 0 and printed.endswith("\n")
+    code, printed, _ = ends("info", "nano", "--json")
+    assert code == 0 and "comprehension" in json.loads(printed)["tasks"]
+    os.mkdir("nano")
+    code, _, said = ends("ask", "-c", "nano", "What?")
+    assert code == 1 and "nano is no HealthGPT checkpoint: it has no config.json" in said
+
+
+def test_names_of_files_give_a_terminal_no_orders(ends, tmp_path):
+    names = ("red\x1b[31m.png", "two\nlines.png", "right\u202eleft.png", "c1\x9b31m.png")
+    for name in names:
+        (tmp_path / "study" / name).write_text("no image")
+    hostile = f"ct{names[0]}"
+    shutil.copy(CT, hostile)
+    texts = [
+        *ends("ask", "-c", "nano", "study", "What?", "-o", "a\x1b[2J.csv", "--max-new-tokens", 1)[1:],
+        *ends("ask", "-c", "nano", hostile, "What?", "--json", "--max-new-tokens", 1)[1:],
+        *ends("ask", names[1], "What?")[1:],
+        *ends("ask", "-c", names[0], "What?")[1:],
+        *ends("draw", hostile, "Draw.", "-o", f"{names[2]}.xyz")[1:],
+        *ends("train", names[3], "-c", "nano", "-o", "out")[1:],
+    ]
+    for text in texts:
+        assert all(letter.isprintable() or letter == "\n" for letter in text), text
+    assert "two\\nlines.png" in texts[1] and "right\\u202eleft.png" in texts[1]
+    assert json.loads(texts[2])["files"] == [hostile]
+
+
+def test_the_bars_of_a_terminal_take_no_name_for_markup(ends, monkeypatch, tmp_path):
+    name = "[bold]a\x1b[31m[red].jsonl"
+    (tmp_path / "answers.jsonl").rename(tmp_path / name)
+    terminal, end = pty.openpty()
+    with open(end, "w") as file, monkeypatch.context() as patch:
+        patch.setenv("TERM", "xterm")
+        patch.setattr(sys, "stderr", file)
+        code, _, _ = ends("eval", "answers", "samples", name, "-c", "nano", "-o", "out", "--limit", 1)
+    shown = os.read(terminal, 2**20)
+    os.close(terminal)
+    assert code == 0 and b"Reading [bold]a\\x1b[31m[red].jsonl" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[1]"),
+        ("config.json", '{"model_type": "healthgpt", "text_config": 3}'),
+        ("processor_config.json", "[1]"),
+        ("processor_config.json", None),
+        ("tokenizer.json", "[1]"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", "{}"),
+        ("model.safetensors.index.json", "{}"),
+        ("model.safetensors.index.json", '{"weight_map"'),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(name, content, ends, checkpoints, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in checkpoints("m3").folder.iterdir():
+        if path.name != name:
+            (damaged / path.name).symlink_to(path)
+    if content is not None:
+        (damaged / name).write_text(content)
+    code, printed, said = ends("ask", "-c", damaged, "What?")
+    assert (code, printed) == (1, "") and "damaged" in said.splitlines()[-1]
+
+
+def test_a_full_disk_is_told(ends, tmp_path):
+    with full_disk(2000):
+        code, _, said = ends("ask", "-c", "nano", "study", "What?", "-o", "a.csv", "--max-new-tokens", 1)
+        assert code == 0
+        code, _, said = ends("draw", "-c", "nano", "Draw.", "-o", "out.bmp")
+        assert code == 1 and "out.bmp cannot be written: File too large." in said
+        code, _, said = ends("train", "answers.jsonl", "-c", "nano", "-o", "out", "--batch-size", 1, "--max-steps", 1)
+        assert code == 1 and "Error: out cannot be written: " in said
+
+
+def test_a_result_that_cannot_be_printed_is_told(ends):
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        for command in ("info nano", "info nano --json", "plugin list nano", "ask -c nano What? --max-new-tokens 1"):
+            words = [NANO if word == "nano" else word for word in command.split(" ")]
+            code, _, said = ends(*words)
+            assert code == 1 and "Error: The result cannot be printed: No space left on device." in said
+    with contextlib.suppress(OSError):  # it still tries to write
+        full.close()
+
+
+def test_debug_shows_where_an_error_comes_from(ends):
+    with pytest.raises(HealthGPTError, match=r"There is no picture file 'nowhere\.png'"):
+        ends("--debug", "ask", "nowhere.png", "What?")
+
+
+@pytest.mark.parametrize("defect", [KeyError, ValueError, TypeError, OSError, IndexError])
+def test_a_mistake_of_programming_is_raised(defect, ends, monkeypatch):
+    def fails(*arguments, **options):
+        raise defect("a defect")
+
+    monkeypatch.setattr("healthgpt.app.ask.prepare", fails)
+    with pytest.raises(defect, match="a defect"):
+        ends("ask", "-c", "nano", "What?")
+
+
+def test_only_what_users_can_do_about_it_becomes_a_sentence():
+    for error, context in (
+        (TypeError("a defect"), loading("checkpoint")),
+        (AttributeError("a defect"), loading("checkpoint")),
+        (RuntimeError("a defect"), memory()),
+    ):
+        with pytest.raises(type(error), match="a defect"), context:
+            raise error
+    for error, context in (
+        (Exception("expected value at line 1"), loading("checkpoint")),  # as tokenizers raises it
+        (MemoryError(), memory()),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), memory()),
+    ):
+        with pytest.raises(HealthGPTError), context:
+            raise error
+
+
+def interrupted_at(call, function):
+    """The function, which from a call on is interrupted as by Ctrl-C."""
+    calls = iter(range(1, 10**6))
+
+    def run(*arguments, **options):
+        if next(calls) >= call:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    return run
+
+
+TRAIN = ["train", "answers.jsonl", "-c", "nano", "-o", "out", "--batch-size", 1, "--max-steps", 4, "--save-steps", 1]
+
+
+def test_ctrl_c_while_training_says_what_is_kept_and_resume_goes_on(ends, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(HealthGPTTrainer, "training_step", interrupted_at(3, HealthGPTTrainer.training_step))
+        code, printed, said = ends(*TRAIN)
+    assert (code, printed) == (130, "") and "out/checkpoint-2 is kept; the same command with --resume" in said
+    code, printed, _ = ends(*TRAIN, "--resume")
+    assert (code, printed) == (0, "out/comprehension\n")
+
+
+def test_ctrl_c_before_anything_was_written_says_so(ends, monkeypatch, tmp_path):
+    monkeypatch.setattr("healthgpt.app.train.load", interrupted_at(1, None))
+    before = set(tmp_path.iterdir())
+    code, _, said = ends(*TRAIN)
+    assert code == 130 and "Nothing was written" in said and set(tmp_path.iterdir()) == before
+
+
+def test_ctrl_c_while_answers_are_scored_says_what_is_kept(ends, monkeypatch):
+    command = ["eval", "answers", "samples", "answers.jsonl", "-c", "nano", "-o", "out", "--batch-size", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation_answers, "answer_batch", interrupted_at(3, evaluation_answers.answer_batch))
+        code, printed, said = ends(*command)
+    assert (code, printed) == (130, "") and "2 answers are kept in out; the same command goes on" in said
+    monkeypatch.setattr(evaluation_answers, "answer_batch", interrupted_at(2, evaluation_answers.answer_batch))
+    assert ends(*command)[0] == 0  # one is left
+
+
+def test_ctrl_c_while_exporting_says_how_to_go_on(ends, monkeypatch):
+    m3 = GOLDEN / "m3"
+    command = ["export", "--base", m3 / "base", "--vision", m3 / "vit", "--output", "out", "--skip-forward"]
+    command += ["--comprehension", m3 / "com_hlora_weights.bin"]
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "write_index", interrupted_at(1, None))
+        code, printed, said = ends(*command)
+    assert (code, printed) == (130, "") and "out is not finished." in said and "the same command goes on" in said
+    monkeypatch.setattr(merge, "write_shard", None)  # nothing is left to write
+    assert ends(*command)[:2] == (0, "out\n")
+
+
+def test_ctrl_c_while_measuring_says_that_nothing_is_kept(ends, monkeypatch):
+    monkeypatch.setattr("healthgpt.benchmarks.memory.measure", interrupted_at(1, None))
+    code, _, said = ends("bench", "-c", "nano", "--precisions", "float32")
+    assert code == 130 and "Nothing is kept" in said
+
+
+def test_where_no_system_tells_the_memory_that_is_said(ends, monkeypatch, tmp_path):
+    monkeypatch.setattr("healthgpt.benchmarks.memory.STATUS", tmp_path / "proc/self/status")
+    code, printed, said = ends("bench", "-c", "nano", "--precisions", "float32")
+    assert (code, printed) == (1, "") and str(tmp_path / "proc/self/status") in said

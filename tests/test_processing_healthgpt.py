@@ -46,7 +46,8 @@ def test_true_phi3_vocabulary_gives_the_published_ids(processor):
         picture = [{"type": "image", "image": Image.new("RGB", (8, 8))}] if case["with_image"] else []
         messages = [{"role": "user", "content": [*picture, {"type": "text", "text": case["question"]}]}]
         arguments = dict(task=case["task"], add_generation_prompt=True)
-        assert phi3.apply_chat_template(messages, **arguments) == case["prompt"]
+        prompt = phi3.apply_chat_template(messages, **arguments)
+        assert prompt == "<s> " + case["prompt"].replace("<image>", "<image> ")
         inputs = phi3.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
         expected = [part for id in case["input_ids"] for part in ([image_token_id] * 576 if id == -200 else [id])]
         assert list(inputs["input_ids"][0]) == expected
@@ -61,7 +62,7 @@ PICTURE = {"type": "image", "image": str(GOLDEN / "images/ct.png")}
 
 def test_default_prompt_stands_in_for_missing_text(processor):
     prompt = processor.apply_chat_template(chat(PICTURE), task="generation", add_generation_prompt=True)
-    assert "<image>\nReconstruct the image.<|end|>" in prompt and prompt.endswith("<start_index>")
+    assert "<image> \nReconstruct the image.<|end|>" in prompt and prompt.endswith("<start_index>")
 
 
 def test_a_conversation_keeps_its_turns_and_its_own_system_prompt(processor):
@@ -72,7 +73,7 @@ def test_a_conversation_keeps_its_turns_and_its_own_system_prompt(processor):
         {"role": "user", "content": "Of what?"},
     ]
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == (
-        "<|system|>\nBe brief.<|end|>\n<|user|>\n<image>\nWhat is this?<|end|>\n<|assistant|>\nA CT.<|end|>\n"
+        "<s> <|system|>\nBe brief.<|end|>\n<|user|>\n<image> \nWhat is this?<|end|>\n<|assistant|>\nA CT.<|end|>\n"
         "<|user|>\nOf what?<|end|>\n<|assistant|>\n"
     )
 

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -39,6 +40,8 @@ ACCEPTED = (
     "four dimensions), a path, an address (file, http, https or data), base64 text, bytes, a binary file, or a dictionary with "
     "'bytes' or 'path'"
 )
+# `<image>` of a user's text, which is no placeholder: the tokenizer takes the noncharacter out again. Chat templates do the same.
+IMAGE_AS_TEXT = "<\ufdd0image>"
 
 
 class HealthGPTProcessorKwargs(ProcessingKwargs, total=False):
@@ -89,8 +92,8 @@ class HealthGPTProcessor(ProcessorMixin):
 
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
         """
-        A prompt that does not begin with the `<s>` of the chat template is taken as the published scripts write it: a tokenizer
-        with a prefix space gets its `<s>`, and a space before every text chunk.
+        A prompt that does not begin with the `<s>` of the chat template, if that has one, is taken as the published scripts write
+        it: it gets its `<s>` and a space before every text chunk. With `add_special_tokens=False` all text is taken as it stands.
 
         Args:
             images (image or nested list of images, *optional*): As many as `<image>` in `text`, each of a kind that
@@ -125,8 +128,8 @@ class HealthGPTProcessor(ProcessorMixin):
 
         replacements = [self.replace_image_token({}, index) for index in range(len(pixel_values))]
         begin = ""
-        if self.prefix_space:
-            begin = (self.tokenizer.bos_token if text_kwargs.pop("add_special_tokens", True) else "") + " "
+        if self.prefix_space and text_kwargs.get("add_special_tokens", True):
+            begin = f"{self.tokenizer.bos_token} "
             text_kwargs["add_special_tokens"] = False
         prompts, edits = self.get_text_with_replacements(prompts, replacements, begin=begin)
         data = dict(self.tokenizer(prompts, **text_kwargs))
@@ -174,8 +177,10 @@ class HealthGPTProcessor(ProcessorMixin):
                 square = self._pad_to_square(load_picture(image, self.image_size, layout))
                 values += self.image_processor([square], **options)["pixel_values"]
             else:  # floats that are to stay what they are, which no image of 8 bits can hold
-                square = self._pad_floats(_channels_last(image, layout))
-                values += self.image_processor([square], input_data_format="channels_last", **options)["pixel_values"]
+                with _reading(image):
+                    square = self._pad_floats(_channels_last(image, layout))
+                    own = self.image_processor([square], input_data_format="channels_last", **options)
+                values += own["pixel_values"]
         return values
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -268,6 +273,8 @@ class HealthGPTProcessor(ProcessorMixin):
         if not isinstance(conversation, (list, tuple)) or not conversation:
             raise HealthGPTError(f"A conversation is a list of at least one message, got {str(conversation)[:200]!r}.")
         messages = [_with_parts(message) for message in conversation]
+        for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
+            part["text"] = part["text"].replace(self.image_token, IMAGE_AS_TEXT)
         last = messages[-1]
         if not any(part["type"] == "text" and part["text"].strip() for part in last["content"]):
             pictures = [part for part in last["content"] if part["type"] != "text"]
@@ -394,8 +401,7 @@ def check_pixels(width: int, height: int, what: str = "it") -> None:
 
 def open_image(file) -> Image.Image:
     """
-    Opens a file of a format that Pillow knows, for `load`. A JPEG of more pixels than `max_pixels()` is opened at a half, a quarter or
-    an eighth of its height and width, the largest that fits; only progressive ones cannot be read in part.
+    Opens a file of a format that Pillow knows, for `load`, small enough to be read: see [`fit`].
 
     Args:
         file (`str`, `Path` or binary file): What `PIL.Image.open` takes.
@@ -404,9 +410,19 @@ def open_image(file) -> Image.Image:
         HealthGPTError: if the image has too many pixels.
         Exception: What Pillow's readers raise, of a dozen types.
     """
-    limit = max_pixels()
-    picture = Image.open(file)
-    width, height = picture.size
+    max_pixels()  # raises Pillow's limit
+    return fit(Image.open(file))
+
+
+def fit(picture: Image.Image) -> Image.Image:
+    """
+    Has an open file that is not read yet read at a size of at most `max_pixels()`: a JPEG that is larger at a half, a quarter or an
+    eighth of its height and width, the largest that fits. Only progressive ones cannot be read in part.
+
+    Raises:
+        HealthGPTError: if the image has too many pixels nevertheless.
+    """
+    limit, (width, height) = max_pixels(), picture.size
     if width * height > limit and picture.format == "JPEG" and not picture.info.get("progressive"):
         fitting = [part for part in (2, 4, 8) if -(-width // part) * -(-height // part) <= limit]
         if fitting:
@@ -466,9 +482,8 @@ def _open_picture(image, input_data_format):
     """A PIL image, read whole, of whatever `load_picture` takes."""
     if isinstance(image, Mapping) and not {"bytes", "path"}.isdisjoint(image):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    is_name = isinstance(image, (str, Path))
-    try:
-        if is_name:
+    with _reading(image):
+        if isinstance(image, (str, Path)):
             picture = open_image(_file_of(str(image)))
         elif isinstance(image, (bytes, bytearray, memoryview)):
             picture = open_image(BytesIO(image))
@@ -483,7 +498,15 @@ def _open_picture(image, input_data_format):
         check_pixels(*picture.size)
         picture.load()
         return picture
+
+
+@contextmanager
+def _reading(image):
+    """What goes wrong meanwhile becomes one sentence about the image."""
+    try:
+        yield
     except Exception as error:  # Pillow's readers and urllib raise a dozen types for what they cannot read
+        is_name = isinstance(image, (str, Path))
         reason = reason_of(error)
         name = repr(str(image)[:200]) if is_name else f"An object of type {type(image).__name__}"
         if isinstance(error, (binascii.Error, UnidentifiedImageError)):
@@ -524,7 +547,7 @@ def _channels_last(image, input_data_format):
 def _from_array(image, input_data_format):
     array = _channels_last(image, input_data_format)
     check_pixels(array.shape[1], array.shape[0])
-    if array.shape[-1] == 1 and array.dtype.kind != "f":
+    if array.shape[-1] == 1 and array.dtype in (np.uint8, np.uint16, np.int32, np.bool_):
         return Image.fromarray(np.ascontiguousarray(array[..., 0]))  # also of 16 bits
     return to_pil_image(array, input_data_format="channels_last")
 

@@ -120,7 +120,7 @@ class HealthGPTProcessor(ProcessorMixin):
         text_kwargs = merged["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
         return_types, return_replacements = (
-            text_kwargs.pop(name, merged.get(name, False))  # an option of the text before transformers 5.20
+            text_kwargs.pop(name, merged.get(name, False))  # an option of the text before transformers 5.23
             for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
         )
         pixel_values = self._pixel_values(_flatten(images), merged["images_kwargs"])
@@ -167,20 +167,23 @@ class HealthGPTProcessor(ProcessorMixin):
 
     def _pixel_values(self, images, options):
         """What the vision tower reads of each image; one at a time, so that only one is in memory in its own size."""
-        options = {**options, "return_tensors": None}
+        options, stock = {**options, "return_tensors": None}, self.image_processor
         layout = options.pop("input_data_format", None)
         rescales = options.get("do_rescale")
-        rescales = self.image_processor.do_rescale if rescales is None else rescales
+        rescales = stock.do_rescale if rescales is None else rescales
+        # Resizing here what the image processor would resize gives the same without its copies of a large image.
+        resizes = stock.do_resize and options.keys().isdisjoint({"do_resize", "size", "resample"})
+        side = stock.size.get("shortest_edge") if resizes else None
         values = []
         for image in images:
             if rescales or not _is_floats(image):
                 square = self._pad_to_square(load_picture(image, self.image_size, layout))
-                values += self.image_processor([square], **options)["pixel_values"]
+                square = square.resize((side, side), stock.resample) if side else square
+                values += stock([square], **options)["pixel_values"]
             else:  # floats that are to stay what they are, which no image of 8 bits can hold
                 with _reading(image):
                     square = self._pad_floats(_channels_last(image, layout))
-                    own = self.image_processor([square], input_data_format="channels_last", **options)
-                values += own["pixel_values"]
+                    values += stock([square], input_data_format="channels_last", **options)["pixel_values"]
         return values
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -295,7 +298,7 @@ class HealthGPTProcessor(ProcessorMixin):
         side = max(picture.size)
         if picture.size == (side, side):
             return picture
-        check_pixels(side, side, "The image cannot be used: padded to a square, it")
+        check_pixels(side, side, "The image, padded to a square,")
         square = Image.new("RGB", (side, side), self._colour)
         square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         return square
@@ -303,9 +306,10 @@ class HealthGPTProcessor(ProcessorMixin):
     def _pad_floats(self, array):
         """Centres floats `(height, width, 3)` from 0 to 1 on a square of CLIP's mean colour."""
         height, width = array.shape[:2]
+        check_pixels(width, height)
         _check_size(width, height, self.image_size)
         side = max(height, width)
-        check_pixels(side, side, "The image cannot be used: padded to a square, it")
+        check_pixels(side, side, "The image, padded to a square,")
         square = np.empty((side, side, 3), array.dtype)
         square[:] = np.array(self._colour) / 255
         top, left = (side - height) // 2, (side - width) // 2

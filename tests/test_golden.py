@@ -55,6 +55,45 @@ def test_the_tokenizer_alone_gives_the_published_ids(loaded):
         assert ids == [image_token_id if id == -200 else id for id in case["input_ids"]]
 
 
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}:\n{% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content[0].text }}{% endgeneration %}{% else %}{% for part in message.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+def test_masks_mark_the_answers_and_no_more(loaded, num_images):
+    checkpoint, _, processor = loaded
+    end = {"phi3_instruct": "<|end|>"}.get(checkpoint.content["template"], "<|im_end|>")
+    picture = {"type": "image", "image": Image.new("RGB", (9, 9))}
+    messages = [
+        {"role": "user", "content": [*[picture] * num_images, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A CT."},
+        {"role": "user", "content": [picture, {"type": "text", "text": "And this?"}]},
+        {"role": "assistant", "content": "An MR."},
+    ]
+    for template, answers in ((None, f"A CT.{end}An MR.{end}"), (PLAIN_TEMPLATE, "A CT.An MR.")):
+        inputs = processor.apply_chat_template(
+            [messages, messages[2:]],
+            template,
+            task="comprehension",
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            return_mm_token_type_ids=True,
+        )
+        assert inputs["pixel_values"].shape[0] == num_images + 2
+        assert not {"offset_mapping", "text_replacement_offsets"} & inputs.keys()
+        is_image = inputs["input_ids"] == processor.image_token_id
+        assert torch.equal(inputs["mm_token_type_ids"], is_image.long())
+        assert is_image.sum(dim=1).tolist() == [count * processor.num_image_patches for count in (num_images + 1, 1)]
+        marked = inputs["assistant_masks"].bool()
+        texts = [processor.decode(ids[mask]) for ids, mask in zip(inputs["input_ids"], marked, strict=True)]
+        assert texts == [answers, answers[answers.index("An MR") :]]
+
+
 def test_pictures_features_and_projections(loaded):
     checkpoint, model, processor = loaded
     for case in checkpoint.cases:

@@ -4,17 +4,23 @@
 
 import base64
 import binascii
+import dataclasses
 import os
+import re
+from collections.abc import Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.parse import urlsplit
+from urllib.request import url2pathname, urlopen
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import to_numpy_array
-from transformers.processing_utils import ProcessingKwargs
+from transformers.image_utils import infer_channel_dimension_format, to_numpy_array
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from .configuration_healthgpt import task_from_mode
 from .errors_healthgpt import HealthGPTError
@@ -23,6 +29,19 @@ try:
     from transformers import CLIPImageProcessorPil
 except ImportError:  # transformers before 5.4, whose CLIPImageProcessor is the one that resizes with Pillow
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+
+
+MAX_PIXELS = 2**26  # of one image, by default: 8192 x 8192
+MAX_PIXELS_VARIABLE = "HEALTHGPT_MAX_IMAGE_PIXELS"
+# Not what a user wrote: transformers (`sanitize_control_tokens`, since 5.23) puts this character before a token in a user's text.
+PLACEHOLDER = re.compile("(?<!\U000f0000)<image>")
+ACCEPTED = (
+    "an image is a PIL image, an array or tensor of two dimensions or of three with 1, 3 or 4 channels (more of them at once have "
+    "four dimensions), a path, an address (file, http, https or data), base64 text, bytes, a binary file, or a dictionary with "
+    "'bytes' or 'path'"
+)
+# `<image>` of a user's text, which is no placeholder: the tokenizer takes the noncharacter out again. Chat templates do the same.
+IMAGE_AS_TEXT = "<\ufdd0image>"
 
 
 class HealthGPTProcessorKwargs(ProcessingKwargs, total=False):
@@ -73,18 +92,24 @@ class HealthGPTProcessor(ProcessorMixin):
 
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
         """
+        A prompt that does not begin with the `<s>` of the chat template, if that has one, is taken as the published scripts write
+        it: it gets its `<s>` and a space before every text chunk. With `add_special_tokens=False` all text is taken as it stands.
+
         Args:
-            images (picture or nested list of pictures, *optional*): PIL pictures, arrays, paths or URLs, as many as
-                `<image>` in `text`.
+            images (image or nested list of images, *optional*): As many as `<image>` in `text`, each of a kind that
+                [`load_picture`] takes; arrays and tensors of four dimensions hold several.
             text (`str` or `list[str]`): Prompts as `apply_chat_template(tokenize=False)` writes them.
-            kwargs: Options of the tokenizer and image processor. `padding` is on by default, on the left.
+            kwargs: Options of the tokenizer and image processor. `padding` is on by default, on the left. Images are squares,
+                padded with CLIP's mean colour, before the options of the image processor apply. `return_offsets_mapping`
+                refers to `text`, or together with `return_text_replacement_offsets` to the text with expanded images.
 
         Returns:
-            `BatchFeature`: `input_ids` and `attention_mask` `(batch, length)`, and with pictures `pixel_values`
-            `(num_images, 3, height, width)`.
+            `BatchFeature`: `input_ids` and `attention_mask` `(batch, length)`, and with images `pixel_values`
+            `(num_images, 3, height, width)`; with `return_mm_token_type_ids` also `mm_token_type_ids` `(batch, length)`, 1 for
+            every position of an image.
 
         Raises:
-            HealthGPTError: if there is no text, a picture cannot be used, or pictures and prompts do not fit each other.
+            HealthGPTError: if there is no text, an image cannot be used, or images and prompts do not fit each other.
         """
         prompts = list(text) if isinstance(text, (list, tuple)) else [text]
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
@@ -92,11 +117,46 @@ class HealthGPTProcessor(ProcessorMixin):
         merged = self._merge_kwargs(
             HealthGPTProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
-        pictures = [load_picture(image, self.image_size) for image in _flatten(images)]
-        placeholders = [prompt.count(self.image_token) for prompt in prompts]
-        if sum(placeholders) != len(pictures):
+        text_kwargs = merged["text_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        return_types, return_replacements = (
+            text_kwargs.pop(name, merged.get(name, False))  # an option of the text before transformers 5.23
+            for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        )
+        pixel_values = self._pixel_values(_flatten(images), merged["images_kwargs"])
+        self._check_placeholders(prompts, images)
+
+        replacements = [self.replace_image_token({}, index) for index in range(len(pixel_values))]
+        begin = ""
+        if self.prefix_space and text_kwargs.get("add_special_tokens", True):
+            begin = f"{self.tokenizer.bos_token} "
+            text_kwargs["add_special_tokens"] = False
+        prompts, edits = self.get_text_with_replacements(prompts, replacements, begin=begin)
+        data = dict(self.tokenizer(prompts, **text_kwargs))
+        is_image = [[int(index == self.image_token_id) for index in ids] for ids in data["input_ids"]]
+        if sum(map(sum, is_image)) != len(pixel_values) * self.num_image_patches:
             raise HealthGPTError(
-                f"The prompts have {sum(placeholders)} {self.image_token} but {len(pictures)} pictures were given."
+                f"Truncation to {text_kwargs.get('max_length')} tokens cuts a picture, which takes "
+                f"{self.num_image_patches} tokens: shorten the prompt or allow more."
+            )
+        if return_types:
+            data["mm_token_type_ids"] = is_image
+        if "offset_mapping" in data and not return_replacements:
+            data["offset_mapping"] = [_before_edits(*pair) for pair in zip(data["offset_mapping"], edits, strict=True)]
+        if pixel_values:
+            data["pixel_values"] = pixel_values
+        batch = BatchFeature(data, tensor_type=return_tensors)
+        if return_replacements:
+            batch["text_replacement_offsets"] = edits
+        return batch
+
+    def _check_placeholders(self, prompts, images):
+        """Refuses images that are not as many as the prompts have places for them."""
+        placeholders = [len(PLACEHOLDER.findall(prompt)) for prompt in prompts]
+        given = len(_flatten(images))
+        if sum(placeholders) != given:
+            raise HealthGPTError(
+                f"The prompts have {sum(placeholders)} {self.image_token} but {given} pictures were given."
             )
         is_nested = isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images)
         if is_nested and placeholders != [len(_flatten(item)) for item in images]:
@@ -105,31 +165,84 @@ class HealthGPTProcessor(ProcessorMixin):
                 "were given for them."
             )
 
-        space = " " if self.prefix_space else ""
-        image_positions = self.image_token * self.num_image_patches + space
-        prompts = [space + prompt.replace(self.image_token, image_positions) for prompt in prompts]
-        text_kwargs = merged["text_kwargs"]
-        return_tensors = text_kwargs.pop("return_tensors", None)
-        data = dict(self.tokenizer(prompts, **text_kwargs))
-        kept = sum(list(ids).count(self.image_token_id) for ids in data["input_ids"])
-        if kept != len(pictures) * self.num_image_patches:
-            raise HealthGPTError(
-                f"Truncation to {text_kwargs.get('max_length')} tokens cuts a picture, which takes "
-                f"{self.num_image_patches} tokens: shorten the prompt or allow more."
-            )
-        if pictures:
-            images_kwargs = {**merged["images_kwargs"], "return_tensors": return_tensors}
-            pictures = [self._pad_to_square(picture) for picture in pictures]
-            data.update(self.image_processor(pictures, **images_kwargs))
-        return BatchFeature(data, tensor_type=return_tensors)
+    def _pixel_values(self, images, options):
+        """What the vision tower reads of each image; one at a time, so that only one is in memory in its own size."""
+        options, stock = {**options, "return_tensors": None}, self.image_processor
+        layout = options.pop("input_data_format", None)
+        rescales = options.get("do_rescale")
+        rescales = stock.do_rescale if rescales is None else rescales
+        # Resizing here what the image processor would resize gives the same without its copies of a large image.
+        resizes = stock.do_resize and options.keys().isdisjoint({"do_resize", "size", "resample"})
+        side = stock.size.get("shortest_edge") if resizes else None
+        values = []
+        for image in images:
+            if rescales or not _is_floats(image):
+                square = self._pad_to_square(load_picture(image, self.image_size, layout))
+                square = square.resize((side, side), stock.resample) if side else square
+                values += stock([square], **options)["pixel_values"]
+            else:  # floats that are to stay what they are, which no image of 8 bits can hold
+                with _reading(image):
+                    square = self._pad_floats(_channels_last(image, layout))
+                    values += stock([square], input_data_format="channels_last", **options)["pixel_values"]
+        return values
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """What stands for an image in the text that is tokenised: one placeholder for each of its positions."""
+        return self.image_token * self.num_image_patches
+
+    def get_text_with_replacements(
+        self, text, images_replacements=(), videos_replacements=(), audio_replacements=(), begin=""
+    ) -> tuple[list[str], list[list[dict]]]:
+        """
+        Prompts with their images expanded, and how each was edited, as in `ProcessorMixin`.
+
+        Args:
+            text (`list[str]`): Prompts.
+            images_replacements (`list[str]`): What stands for each image.
+            videos_replacements, audio_replacements: Nothing, as HealthGPT reads neither.
+            begin (`str`, defaults to `""`): What a prompt without the chat template's `<s>` begins with; if there is something,
+                such a prompt also gets a space after every image.
+
+        Returns:
+            `tuple[list[str], list[list[dict]]]`: The prompts, and for each its edits in order: `type`, `span` before and `new_span`
+            after all edits in characters, the `text` that stood there and its `replacement`.
+        """
+        replacements = iter(images_replacements)
+        expanded, edits = [], []
+        for prompt in text:
+            is_published = bool(begin) and not prompt.startswith(self.tokenizer.bos_token)
+            found = [("text", (0, 0), begin)] if is_published else []
+            found += [
+                ("image", match.span(), next(replacements) + " " * is_published)
+                for match in PLACEHOLDER.finditer(prompt)
+            ]
+            result, end, own = "", 0, []
+            for kind, span, replacement in found:
+                result += prompt[end : span[0]]
+                new_span = (len(result), len(result) + len(replacement))
+                edit = {"type": kind, "span": span, "new_span": new_span}
+                own.append(edit | {"text": prompt[slice(*span)], "replacement": replacement})
+                result, end = result + replacement, span[1]
+            expanded.append(result + prompt[end:])
+            edits.append(own)
+        return expanded, edits
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Positions of images of `image_sizes` `(height, width)` in the prompt, which do not depend on the size; vLLM asks."""
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.num_image_patches] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
 
     def apply_chat_template(self, conversation, chat_template=None, *, task=None, generation_mode=None, **kwargs):
         """
         Writes the published prompt of a task around one conversation or a list of them.
 
         Args:
-            conversation (`list[dict]` or `list[list[dict]]`): Messages; a content is a string or a list of `{"type":
-                "image", "image": ...}` and `{"type": "text", "text": ...}`. Pictures stand before the text.
+            conversation (`list[dict]` or `list[list[dict]]`): Messages, as dictionaries or as pydantic models or dataclasses of
+                the same fields; a content is a string or a list of `{"type": "image", "image": ...}` and `{"type": "text",
+                "text": ...}`. Images stand before the text. `<image>` in a text is text.
             chat_template (`str`, *optional*): Another template than the checkpoint's.
             task (`str` or `list[str]`, *optional*, defaults to `"comprehension"`): One name for all conversations or one
                 for each. With `add_generation_prompt` a task that draws ends its prompt with `<start_index>`.
@@ -144,9 +257,8 @@ class HealthGPTProcessor(ProcessorMixin):
         task = task_from_mode(named if task is None else task, mode if generation_mode is None else generation_mode)
         if processor_kwargs:
             kwargs["processor_kwargs"] = processor_kwargs
-        is_batched = isinstance(conversation, (list, tuple)) and isinstance(
-            next(iter(conversation), None), (list, tuple)
-        )
+        first = next(iter(conversation), None) if isinstance(conversation, (list, tuple)) else None
+        is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         conversations = conversation if is_batched else [conversation]
         tasks = list(task) if isinstance(task, (list, tuple)) else [task] * len(conversations)
         if len(tasks) != len(conversations):
@@ -160,9 +272,12 @@ class HealthGPTProcessor(ProcessorMixin):
         """A copy of the conversation with contents as lists, the default prompt if it is needed, and the mode."""
         if task not in self.tasks:
             raise HealthGPTError(f"This checkpoint has no task {task!r}; it has {', '.join(self.tasks) or 'none'}.")
+        conversation = _plain(getattr(conversation, "messages", conversation))
         if not isinstance(conversation, (list, tuple)) or not conversation:
             raise HealthGPTError(f"A conversation is a list of at least one message, got {str(conversation)[:200]!r}.")
         messages = [_with_parts(message) for message in conversation]
+        for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
+            part["text"] = part["text"].replace(self.image_token, IMAGE_AS_TEXT)
         last = messages[-1]
         if not any(part["type"] == "text" and part["text"].strip() for part in last["content"]):
             pictures = [part for part in last["content"] if part["type"] != "text"]
@@ -181,17 +296,36 @@ class HealthGPTProcessor(ProcessorMixin):
     def _pad_to_square(self, picture):
         """Centres the picture on a square of CLIP's mean colour."""
         side = max(picture.size)
-        colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
-        square = Image.new("RGB", (side, side), colour)
+        if picture.size == (side, side):
+            return picture
+        check_pixels(side, side, "The image, padded to a square,")
+        square = Image.new("RGB", (side, side), self._colour)
         square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         return square
+
+    def _pad_floats(self, array):
+        """Centres floats `(height, width, 3)` from 0 to 1 on a square of CLIP's mean colour."""
+        height, width = array.shape[:2]
+        check_pixels(width, height)
+        _check_size(width, height, self.image_size)
+        side = max(height, width)
+        check_pixels(side, side, "The image, padded to a square,")
+        square = np.empty((side, side, 3), array.dtype)
+        square[:] = np.array(self._colour) / 255
+        top, left = (side - height) // 2, (side - width) // 2
+        square[top : top + height, left : left + width] = array
+        return square
+
+    @property
+    def _colour(self):
+        return tuple(int(255 * mean) for mean in self.image_processor.image_mean)
 
     def process_target_images(self, images) -> torch.FloatTensor:
         """
         Prepares pictures for `encode_image`: stretched to the VQGAN's size (Lanczos), in [-1, 1].
 
         Args:
-            images (picture or nested list of pictures): PIL pictures, arrays, paths or URLs.
+            images (image or nested list of images): Of the kinds that [`load_picture`] takes.
 
         Returns:
             `torch.FloatTensor` of shape `(num_images, 3, picture_size, picture_size)`.
@@ -237,22 +371,108 @@ class HealthGPTProcessor(ProcessorMixin):
         return [Image.fromarray(picture.numpy()) for picture in pixels.cpu()]
 
 
-def load_picture(image, image_size: int | None = None) -> Image.Image:
+def max_pixels() -> int:
     """
-    Reads a picture of any kind as 8-bit RGB.
-
-    Alpha is dropped as in the published scripts, palettes are resolved, and 16-bit greys keep their upper 8 bits.
-
-    Args:
-        image: PIL picture, array, tensor, path, URL or base64 string.
-        image_size (`int`, *optional*): Pixels per side that the vision tower sees, which limits how narrow a picture may be;
-            by default it may be of any shape.
+    The most pixels that an image may have: `MAX_PIXELS`, or what the environment variable `HEALTHGPT_MAX_IMAGE_PIXELS` says. Pillow's
+    own limit, `PIL.Image.MAX_IMAGE_PIXELS`, is raised with the variable.
 
     Raises:
-        HealthGPTError: if it is no picture, is empty, or has a side that would vanish.
+        HealthGPTError: if the variable is no number of pixels.
     """
-    image = _open_picture(image)
-    width, height = image.size
+    text = os.environ.get(MAX_PIXELS_VARIABLE)
+    if text is None:
+        return MAX_PIXELS
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise HealthGPTError(f"{MAX_PIXELS_VARIABLE} is a number of pixels of at least 1, got {text[:200]!r}.")
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, int(text))
+    return int(text)
+
+
+def check_pixels(width: int, height: int, what: str = "it") -> None:
+    """
+    Refuses an image that would take too much memory.
+
+    Raises:
+        HealthGPTError: if it has more than `max_pixels()` pixels; the sentence begins with `what`.
+    """
+    if width * height > max_pixels():
+        raise HealthGPTError(
+            f"{what} has {width} x {height} pixels, and more than {max_pixels()} are not taken unless the environment variable "
+            f"{MAX_PIXELS_VARIABLE} is set to a higher number."
+        )
+
+
+def open_image(file) -> Image.Image:
+    """
+    Opens a file of a format that Pillow knows, for `load`, small enough to be read: see [`fit`].
+
+    Args:
+        file (`str`, `Path` or binary file): What `PIL.Image.open` takes.
+
+    Raises:
+        HealthGPTError: if the image has too many pixels.
+        Exception: What Pillow's readers raise, of a dozen types.
+    """
+    max_pixels()  # raises Pillow's limit
+    return fit(Image.open(file))
+
+
+def fit(picture: Image.Image) -> Image.Image:
+    """
+    Has an open file that is not read yet read at a size of at most `max_pixels()`: a JPEG that is larger at a half, a quarter or an
+    eighth of its height and width, the largest that fits. Only progressive ones cannot be read in part.
+
+    Raises:
+        HealthGPTError: if the image has too many pixels nevertheless.
+    """
+    limit, (width, height) = max_pixels(), picture.size
+    if width * height > limit and picture.format == "JPEG" and not picture.info.get("progressive"):
+        fitting = [part for part in (2, 4, 8) if -(-width // part) * -(-height // part) <= limit]
+        if fitting:
+            picture.draft(picture.mode, (width // fitting[0], height // fitting[0]))
+    check_pixels(*picture.size)
+    return picture
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what a reader of images says, without a full stop."""
+    reason = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
+    if isinstance(error, Image.DecompressionBombError):
+        reason += f"; the environment variable {MAX_PIXELS_VARIABLE} raises that limit"
+    return reason
+
+
+def load_picture(image, image_size: int | None = None, input_data_format=None) -> Image.Image:
+    """
+    Reads an image of any kind as 8-bit RGB.
+
+    Alpha is dropped as in the published scripts, palettes are resolved, and 16-bit greys keep their upper 8 bits. Floats go from 0
+    to 1, or are whole numbers from 0 to 255.
+
+    Args:
+        image: PIL image, array or tensor (two dimensions, or three with 1, 3 or 4 channels), path, URL (also `file:` and `data:`),
+            base64 text, bytes, binary file, or `{"bytes": ..., "path": ...}` as the `datasets` library has it.
+        image_size (`int`, *optional*): Pixels per side that the vision tower sees, which limits how narrow an image may be;
+            by default it may be of any shape.
+        input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, of an array or tensor; by default told from
+            its shape.
+
+    Raises:
+        HealthGPTError: if it is no image, is empty, has too many pixels, or has a side that would vanish.
+    """
+    image = _open_picture(image, input_data_format)
+    _check_size(*image.size, image_size)
+    if image.mode in ("I", "F"):
+        return _rescale_grey(image)
+    if image.mode.startswith("I;16"):
+        return _rescale_grey(image.convert("I"))
+    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha, from which Pillow finds no way to RGB
+        image = image.convert(image.mode.upper())
+    return image if type(image) is Image.Image and image.mode == "RGB" else image.convert("RGB")
+
+
+def _check_size(width, height, image_size):
     if width == 0 or height == 0:
         raise HealthGPTError(f"The picture is empty: it has {width} x {height} pixels.")
     if image_size is not None and max(width, height) > image_size * min(width, height):
@@ -260,32 +480,38 @@ def load_picture(image, image_size: int | None = None) -> Image.Image:
             f"The picture is too narrow: of its {width} x {height} pixels the shorter side would vanish when the longer "
             f"one is brought to {image_size}."
         )
-    if image.mode in ("I", "F"):
-        return _rescale_grey(image)
-    if image.mode.startswith("I;16"):
-        return _rescale_grey(image.convert("I"))
-    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha, from which Pillow finds no way to RGB
-        image = image.convert(image.mode.upper())
-    return image.convert("RGB")
 
 
-def _open_picture(image):
-    """A PIL picture, read whole, of a PIL picture, array, tensor, path, URL or base64 string."""
-    is_name = isinstance(image, (str, Path))
-    try:
-        if is_name:
-            picture = Image.open(_file_of(str(image)))
+def _open_picture(image, input_data_format):
+    """A PIL image, read whole, of whatever `load_picture` takes."""
+    if isinstance(image, Mapping) and not {"bytes", "path"}.isdisjoint(image):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    with _reading(image):
+        if isinstance(image, (str, Path)):
+            picture = open_image(_file_of(str(image)))
+        elif isinstance(image, (bytes, bytearray, memoryview)):
+            picture = open_image(BytesIO(image))
         elif isinstance(image, Image.Image):
             picture = image
+        elif hasattr(image, "read"):
+            picture = open_image(image)
+        elif isinstance(image, (np.ndarray, torch.Tensor)):
+            picture = _from_array(image, input_data_format)
         else:
-            array = to_numpy_array(image)
-            # transformers' to_pil_image wants a dimension of one or three channels.
-            plain = array.ndim == 2 or array.shape[-1] == 4
-            picture = Image.fromarray(array) if plain else to_pil_image(array)
+            raise HealthGPTError(ACCEPTED)
+        check_pixels(*picture.size)
         picture.load()
         return picture
+
+
+@contextmanager
+def _reading(image):
+    """What goes wrong meanwhile becomes one sentence about the image."""
+    try:
+        yield
     except Exception as error:  # Pillow's readers and urllib raise a dozen types for what they cannot read
-        reason = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
+        is_name = isinstance(image, (str, Path))
+        reason = reason_of(error)
         name = repr(str(image)[:200]) if is_name else f"An object of type {type(image).__name__}"
         if isinstance(error, (binascii.Error, UnidentifiedImageError)):
             reason = "it is no file, URL or base64 data of a picture format that Pillow knows"
@@ -293,28 +519,88 @@ def _open_picture(image):
 
 
 def _file_of(name):
-    """What `Image.open` reads for a path, URL or base64 string: not transformers' `load_image`, which clips 16 bits to 8."""
+    """What `open_image` reads for a path, URL or base64 string: not transformers' `load_image`, which clips 16 bits to 8."""
+    if name.startswith("file:"):
+        return url2pathname(urlsplit(name).path)
     if name.startswith(("http://", "https://", "data:")):
         with urlopen(name, timeout=60) as response:
             return BytesIO(response.read())
     return name if os.path.isfile(name) else BytesIO(base64.b64decode(name, validate=True))
 
 
+def _is_floats(image):
+    is_tensor = isinstance(image, torch.Tensor)
+    return image.is_floating_point() if is_tensor else isinstance(image, np.ndarray) and image.dtype.kind == "f"
+
+
+def _channels_last(image, input_data_format):
+    """An array or tensor as an array `(height, width, channels)` of 1 or 3 channels."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach()
+        image = to_numpy_array(image.float() if image.is_floating_point() else image)  # NumPy has no bfloat16
+    if image.ndim == 2:
+        return image[..., None]
+    if image.ndim != 3 or not {image.shape[0], image.shape[-1]} & {1, 3, 4}:
+        raise HealthGPTError(f"its shape is {tuple(image.shape)}; {ACCEPTED}")
+    counts = 4 if image.shape[-1] == 4 or not {image.shape[0], image.shape[-1]} & {1, 3} else (1, 3)
+    layout = input_data_format or infer_channel_dimension_format(image, num_channels=counts)
+    image = np.moveaxis(image, 0, -1) if layout == "channels_first" else image
+    return image[..., :3]
+
+
+def _from_array(image, input_data_format):
+    array = _channels_last(image, input_data_format)
+    check_pixels(array.shape[1], array.shape[0])
+    if array.shape[-1] == 1 and array.dtype in (np.uint8, np.uint16, np.int32, np.bool_):
+        return Image.fromarray(np.ascontiguousarray(array[..., 0]))  # also of 16 bits
+    return to_pil_image(array, input_data_format="channels_last")
+
+
+def _plain(value):
+    """Message objects (pydantic models, dataclasses, mappings) and what they hold as dictionaries and lists; all else as it is."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return _plain(value.model_dump()) if callable(getattr(value, "model_dump", None)) else value
+
+
 def _with_parts(message):
-    """A copy of a chat message, checked, whose content is a list of its pictures and texts."""
+    """A copy of a chat message, checked, whose content is a list of its pictures and texts, without fields that are `None`."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise HealthGPTError(f"A message is a dictionary with role and content, got {str(message)[:200]!r}.")
     content = message.get("content")
+    message = {key: value for key, value in message.items() if value is not None}
     if isinstance(content, str):
         return {**message, "content": [{"type": "text", "text": content}]}
-    for part in content if isinstance(content, (list, tuple)) else [content]:
+    for part in content if isinstance(content, list) else [content]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("image", "image_url", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
             raise HealthGPTError(
                 "A message's content is a string or a list of {'type': 'image', 'image': ...} and {'type': 'text', 'text': "
                 f"...}}, got {str(part)[:200]!r}."
             )
-    return {**message, "content": list(content)}
+    parts = [{key: value for key, value in part.items() if value is not None} for part in content]
+    return {**message, "content": parts}
+
+
+def _before_edits(offsets, edits):
+    """Where tokens of an edited text stand in the text before; those of a replacement stand where it was put in."""
+
+    def before(position, is_end):
+        gained = 0
+        for edit in edits:
+            (first, last), (start, end) = edit["span"], edit["new_span"]
+            if position < start + is_end:
+                break
+            if position < end + is_end:
+                return last if is_end else first
+            gained = end - last
+        return position - gained
+
+    return [(before(start, False), before(end, True)) for start, end in offsets]
 
 
 def _rescale_grey(image):
@@ -330,7 +616,8 @@ def _rescale_grey(image):
 def _flatten(images):
     if images is None:
         return []
-    if isinstance(images, (list, tuple)):
+    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    if is_batch or isinstance(images, (list, tuple)):
         return [picture for item in images for picture in _flatten(item)]
     return [images]
 

@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from .confine import CheckpointError, read_json, reading, require_confined, require_no_pointer
 
+# The chat templates write `<image>` of a user's text with this character, a noncharacter of Unicode, after the `<`, so that it is no
+# placeholder; the normalizer takes it out again.
+BREAK = normalizers.Replace("\ufdd0", "")
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -22,7 +25,8 @@ class Family:
     Args:
         template (`str`): Name of the chat template.
         always_adds_image_tokens (`bool`): Whether the vocabulary grows even without a plugin that draws.
-        prefix_space (`bool`): Whether the tokenizer puts a space before every text chunk (SentencePiece).
+        prefix_space (`bool`): Whether `<s>` and a space before every text chunk (SentencePiece) belong to a prompt; the chat
+            template writes them.
     """
 
     template: str
@@ -63,7 +67,7 @@ def build_tokenizer(base: Path) -> PreTrainedTokenizerFast:
 
     It is built from the slow tokenizer's own files, since the fast ones of the same repositories differ: Phi-4's splits
     numbers in another way, Phi-3's treats spaces before special tokens differently. The space that SentencePiece puts
-    before every text is left to the processor, which knows where a text chunk starts.
+    before every text is left to the chat template, which knows where a text chunk starts.
 
     Args:
         base (`Path`): Directory with `tokenizer_config.json` and either `tokenizer.model` or `vocab.json`, `merges.txt`.
@@ -126,7 +130,7 @@ def _sentencepiece(path, unk_token):
                 ranked.append((-model.get_score(index), pieces[left], pieces[right], left, right))
     merges = [(left, right) for *_, left, right in sorted(ranked)]
     tokenizer = Tokenizer(BPE(pieces, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([BREAK, normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -144,7 +148,7 @@ def _byte_level(base, tokenizer_class):
     except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError(f"{base / 'vocab.json'} and merges.txt are no byte-pair vocabulary: {error}.") from error
     if tokenizer_class == "Qwen2Tokenizer":
-        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.normalizer = normalizers.Sequence([BREAK, normalizers.NFC()])
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
@@ -152,6 +156,7 @@ def _byte_level(base, tokenizer_class):
             ]
         )
     else:
+        tokenizer.normalizer = BREAK
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

@@ -4,6 +4,7 @@ import copy
 import logging
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,12 @@ import numpy as np
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.datadict import tag_for_keyword
+from pydicom.filereader import read_file_meta_info
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, get_decoder, pixel_array
 
 from ..errors_healthgpt import HealthGPTError
-from .greys import to_greys, value_range
+from ..processing_healthgpt import MAX_PIXELS_VARIABLE, check_pixels, max_pixels
+from .greys import in_strips, strips, to_greys, value_range
 
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 GREYS = ("MONOCHROME1", "MONOCHROME2")
@@ -69,17 +72,26 @@ class DicomFile:
         path (`Path`): A file of PS3.10, compressed or not.
 
     Raises:
-        HealthGPTError: if it has no pixels, or pixels that cannot be decoded. No message quotes a value of a tag.
+        HealthGPTError: if it has no pixels, too many in a frame, or pixels that cannot be decoded. No message quotes a value of a tag
+            but the size of a frame that is too large.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
             with silence():
-                self.data = dcmread(path, specific_tags=[tag_for_keyword(keyword) for keyword in TAGS])
-                self.syntax = self.data.file_meta.TransferSyntaxUID
+                self.syntax = read_file_meta_info(path).TransferSyntaxUID
+                tags = [tag_for_keyword(keyword) for keyword in TAGS]
+                if self.syntax.is_deflated:  # read whole, as nothing in it can be found otherwise
+                    self._check_deflated()
+                    self.data = self.source = dcmread(path, specific_tags=tags)
+                else:  # pixels stay in the file, of which a frame is read when it is wanted
+                    self.data, self.source = dcmread(path, specific_tags=tags, defer_size=2**16), path
                 self.photometric = self.data.get("PhotometricInterpretation")
                 self.num_frames = int(self.data.get("NumberOfFrames") or 1)
+                self.rows, self.columns = (int(self.data.get(keyword) or 0) for keyword in ("Rows", "Columns"))
+        except HealthGPTError:
+            raise
         except Exception:
             # Of any type and cut from its cause: what pydicom raises for a damaged file is not of one kind, and its message may
             # quote a patient. The sentence below is all that may be said.
@@ -100,9 +112,10 @@ class DicomFile:
                 f"{', '.join((*GREYS, *COLOURS, 'PALETTE COLOR'))}."
             )
         missing = self._missing_decoders()
+        check_pixels(self.columns, self.rows, f"{str(self.path)!r} is a DICOM file that cannot be read: a frame")
         try:
             with silence():
-                values = pixel_array(self.data, index=frame)
+                values = pixel_array(self.source, index=frame)
                 if self.photometric in GREYS:
                     return Image.fromarray(self._greys(values, frame))
                 depth = self.data.BitsStored
@@ -132,25 +145,49 @@ class DicomFile:
             )
         return missing
 
+    def _check_deflated(self) -> None:
+        """Refuses a deflated file whose content is larger than an image may be."""
+        inflater, limit, size = zlib.decompressobj(-zlib.MAX_WBITS), 4 * max_pixels(), 0
+        with open(self.path, "rb") as file:
+            file.seek(144 + read_file_meta_info(self.path).FileMetaInformationGroupLength)  # preamble, group length
+            while (data := inflater.unconsumed_tail or file.read(2**16)) and not inflater.eof:
+                size += len(inflater.decompress(data, 2**20))
+                if size > limit:
+                    raise HealthGPTError(
+                        f"{str(self.path)!r} is a deflated DICOM file of more than {limit} bytes, which is not read unless the "
+                        f"environment variable {MAX_PIXELS_VARIABLE} is set to a higher number than {max_pixels()}."
+                    )
+
     def _greys(self, values: np.ndarray, frame: int) -> np.ndarray:
-        tags = self._tags_of(frame)
-        padding = self._padding(values)
-        values = apply_modality_lut(values, tags)
-        # The output of a window then has 8 bits, whatever the values before it (PS3.3 C.11.2.1.2).
+        tags, shown = self._tags_of(frame), self._tags_of(frame)
+        # The output of a window has 8 bits, whatever the values before it (PS3.3 C.11.2.1.2).
         for keyword in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"):
-            tags.pop(keyword, None)
-        tags.BitsStored, tags.PixelRepresentation = 8, 0
+            shown.pop(keyword, None)
+        shown.BitsStored, shown.PixelRepresentation = 8, 0
         if tags.get("VOILUTSequence"):
             table = copy.deepcopy(tags.VOILUTSequence[0])
             entries, first, depth = table.LUTDescriptor
             table.LUTDescriptor = [entries, first, 16]  # pydicom counts into tables of 8 bits with 8 bits
-            tags.VOILUTSequence = [table]
-            greys = to_greys(apply_voi_lut(values, tags), 0, 2**depth - 1)
+            shown.VOILUTSequence = [table]
+            low, high, windowed = 0, 2**depth - 1, True
         elif has_window(tags):
-            greys = to_greys(apply_voi_lut(values, tags), 0, 255)
+            low, high, windowed = 0, 255, True
         else:
-            greys = to_greys(values, *value_range(values if padding.all() else values[~padding]))
+            low, high = self._range(values, tags)
+            windowed = False
+
+        def convert(strip):
+            strip = apply_modality_lut(strip, tags)
+            return to_greys(apply_voi_lut(strip, shown) if windowed else strip, low, high)
+
+        greys = in_strips(convert, values)
         return 255 - greys if self.photometric == "MONOCHROME1" else greys
+
+    def _range(self, values: np.ndarray, tags: Dataset) -> tuple[float, float]:
+        """The range of what is no padding, or of all if all is padding."""
+        if all(self._padding(strip).all() for strip in strips(values)):
+            return value_range(apply_modality_lut(strip, tags) for strip in strips(values))
+        return value_range(apply_modality_lut(strip, tags)[~self._padding(strip)] for strip in strips(values))
 
     def _tags_of(self, frame: int) -> Dataset:
         """What the lookup tables need, with the functional groups of the frame, its own before the shared ones."""

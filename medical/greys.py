@@ -1,21 +1,40 @@
-"""Values of any range as 8-bit greys."""
+"""Values of any range as 8-bit greys, a strip of rows at a time, as the numbers between take eight times the memory and more."""
+
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from ..errors_healthgpt import HealthGPTError
 
+STRIP = 2**18  # values
 
-def value_range(values: np.ndarray) -> tuple[float, float]:
+
+def strips(values: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of an array, a strip after the other."""
+    rows = max(1, STRIP // values[0].size)
+    return (values[start : start + rows] for start in range(0, len(values), rows))
+
+
+def in_strips(convert: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """What `convert` makes of each strip, as one array of 8 bits."""
+    return np.concatenate([convert(strip) for strip in strips(values)], dtype=np.uint8)
+
+
+def value_range(parts: Iterable[np.ndarray]) -> tuple[float, float]:
     """
-    The lowest and the highest finite value.
+    The lowest and the highest finite value of all parts.
 
     Raises:
         HealthGPTError: if no value is finite.
     """
-    finite = values[np.isfinite(values)]
-    if finite.size == 0:
+    low, high = np.inf, -np.inf
+    for part in parts:
+        finite = part[np.isfinite(part)] if part.dtype.kind == "f" else part
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    if low > high:
         raise HealthGPTError("none of its values is a finite number.")
-    return float(finite.min()), float(finite.max())
+    return low, high
 
 
 def to_greys(values: np.ndarray, low: float, high: float) -> np.ndarray:

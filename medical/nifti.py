@@ -1,18 +1,23 @@
 """NIfTI: axial slices as radiologists see them."""
 
+import struct
 import zlib
+from collections import deque
 from pathlib import Path
 
 import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
-from nibabel.orientations import OrientationError
+from nibabel.openers import ImageOpener
+from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
 from PIL import Image
 
 from ..errors_healthgpt import HealthGPTError
-from .greys import to_greys, value_range
+from ..processing_healthgpt import check_pixels
+from .greys import in_strips, to_greys, value_range
 
+MAX_EXTENSIONS = 2**24  # bytes before the voxels
 # What reading raises for a header or values that are damaged.
 UNREADABLE = (EOFError, MemoryError, OSError, OverflowError, ValueError, zlib.error)
 
@@ -31,38 +36,84 @@ class NiftiFile:
     Args:
         path (`Path`): A `.nii` or `.nii.gz` file.
 
+    The file is read a slab after the other, as its voxels lie in it, so that no more than a slab is in memory.
+
     Raises:
-        HealthGPTError: if it cannot be read, has neither three nor four dimensions, its affine gives an axis no direction, or its
-            values are no plain numbers.
+        HealthGPTError: if it cannot be read, has neither three nor four dimensions, its affine gives an axis no direction, its
+            values are no plain numbers, or a slice or slab has too many voxels.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            image = nibabel.load(path)
-            if len(image.shape) not in (3, 4) or 0 in image.shape:
-                raise HealthGPTError(f"its shape is {image.shape}, and three or four dimensions are needed.")
-            if image.get_data_dtype().kind not in "iuf":
+            check_extensions(path)
+            # The file stays open, as one that is compressed can only be read from its start.
+            self.image = nibabel.load(path, keep_file_open=True)
+            shape = self.image.shape
+            if len(shape) not in (3, 4) or 0 in shape:
+                raise HealthGPTError(f"its shape is {shape}, and three or four dimensions are needed.")
+            if self.image.get_data_dtype().kind not in "iuf":
                 raise HealthGPTError("its voxels are colours or complex numbers.")
-            self.volume = nibabel.as_closest_canonical(image.slicer[..., 0] if len(image.shape) == 4 else image)
+            directions = io_orientation(self.image.affine)
+            if np.isnan(directions).any():
+                raise HealthGPTError("its affine gives one of its axes no direction.")
+            # Which axis of the file goes to the right, to the front and to the head, and whether it does so backwards.
+            self.axes = np.argsort(directions[:, 0]).tolist()
+            self.backwards = [directions[axis, 1] < 0 for axis in self.axes]
+            right, front, head = self.axes
+            check_pixels(shape[right], shape[front], "a slice")
+            check_pixels(shape[0], shape[1], "a slab")
         except (ImageFileError, HeaderDataError, *UNREADABLE) as error:
             raise self._unreadable(str(error)) from error
-        except OrientationError as error:
-            raise self._unreadable("its affine gives one of its axes no direction") from error
-        self.num_frames = self.volume.shape[2]
+        self.num_frames = shape[head]
         self.default_frame = self.num_frames // 2
 
     def picture(self, frame: int) -> Image.Image:
+        right, front, head = self.axes
+        index = self.num_frames - 1 - frame if self.backwards[2] else frame
+        lines = []
+
+        def slabs(numbers):
+            for number in numbers:
+                slab = np.asanyarray(self.image.dataobj[(..., number, 0)[: self.image.ndim - 1]])
+                if head != 2:
+                    lines.append(slab.take(index, head))
+                elif number == index:
+                    lines.append(slab)
+                yield slab
+
         try:
-            values = np.asanyarray(self.volume.dataobj)
-            low, high = (float(self.volume.header[name]) for name in ("cal_min", "cal_max"))
+            low, high = (float(self.image.header[name]) for name in ("cal_min", "cal_max"))
+            everything = range(self.image.shape[2])
             if not low < high:
-                low, high = value_range(values)
+                low, high = value_range(slabs(everything))
+            else:
+                deque(slabs(everything if head != 2 else [index]), maxlen=0)
         except UNREADABLE as error:
             raise self._unreadable(str(error)) from error
+        values = lines[0] if head == 2 else np.stack(lines, axis=-1)
+        values = values.T if right > front else values
+        values = values[:: -1 if self.backwards[0] else 1, :: -1 if self.backwards[1] else 1]
         # (right, front) -> rows from front to back, columns from right to left
-        return Image.fromarray(to_greys(values[::-1, ::-1, frame].T, low, high))
+        return Image.fromarray(in_strips(lambda strip: to_greys(strip, low, high), values[::-1, ::-1].T))
 
     def _unreadable(self, reason: str) -> HealthGPTError:
         reason = " ".join(reason.split()).rstrip(".")
         return HealthGPTError(f"{str(self.path)!r} is not a NIfTI volume that can be read: {reason}.")
+
+
+def check_extensions(path: Path) -> None:
+    """
+    Refuses a file with very large extensions of its header, which nibabel would read whole.
+
+    Raises:
+        HealthGPTError: if its voxels begin far from its start.
+    """
+    with ImageOpener(path) as file:
+        header = file.read(540)
+    for order in "<>":
+        for size, place, kind in ((348, 108, "f"), (540, 168, "q")):  # NIfTI-1 and NIfTI-2
+            if header[:4] == struct.pack(f"{order}i", size) and len(header) >= size:
+                (offset,) = struct.unpack_from(order + kind, header, place)
+                if offset > MAX_EXTENSIONS:
+                    raise HealthGPTError(f"its voxels begin after {MAX_EXTENSIONS} bytes.")

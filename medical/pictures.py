@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors_healthgpt import HealthGPTError
-from ..processing_healthgpt import load_picture
+from ..processing_healthgpt import fit, load_picture, max_pixels, reason_of
 from ..refusals import extras
-from .greys import to_greys, value_range
+from .greys import in_strips, strips, to_greys, value_range
 
 
 def open_picture(path: str | Path, frame: int | None = None) -> Image.Image:
@@ -23,7 +23,9 @@ def open_picture(path: str | Path, frame: int | None = None) -> Image.Image:
     | NIfTI | `.nii`, `.nii.gz` | its display range, see [`NiftiFile`] | the middle axial slice |
     | all that Pillow reads | its content | the processor's; wider ones: the range of the values | the first one |
 
-    The middle of a volume shows most of it, while the first page of a plain file is what other programs show.
+    The middle of a volume shows most of it, while the first page of a plain file is what other programs show. No more of a file is
+    held in memory than one frame, or one slab of a volume, and neither may have more pixels than the processor takes of an image
+    (67 million, or what the environment variable `HEALTHGPT_MAX_IMAGE_PIXELS` says); a larger JPEG is read at a reduced size.
 
     Args:
         path (`str` or `Path`): A file.
@@ -33,8 +35,8 @@ def open_picture(path: str | Path, frame: int | None = None) -> Image.Image:
         `PIL.Image.Image`: Of mode `L` or `RGB`, without metadata.
 
     Raises:
-        HealthGPTError: if there is no such file or frame, it is no picture that can be read, or it needs the extra `dicom`,
-            which is not installed.
+        HealthGPTError: if there is no such file or frame, it is not an image that can be read or has too many pixels, or it
+            needs the extra `dicom`, which is not installed.
     """
     file = _open(Path(path))
     if frame is None:
@@ -95,11 +97,12 @@ class PlainFile:
     def picture(self, frame: int) -> Image.Image:
         with reading(self.path) as image:
             image.seek(frame)
-            image.load()
+            fit(image).load()
             low, high = image.getextrema() if image.mode == "I" else (0, 0)
             if image.mode == "F" or low < 0 or high > 65535:
                 values = np.asarray(image)
-                return Image.fromarray(to_greys(values, *value_range(values)))
+                low, high = value_range(strips(values))
+                return Image.fromarray(in_strips(lambda strip: to_greys(strip, low, high), values))
             picture = load_picture(image)
             picture.info.clear()
             return picture
@@ -108,11 +111,12 @@ class PlainFile:
 @contextmanager
 def reading(path: Path) -> Iterator[Image.Image]:
     """A file opened by Pillow; whatever is wrong with it becomes one sentence."""
+    max_pixels()  # raises Pillow's limit
     try:
         with Image.open(path) as image:
             yield image
     except Exception as error:  # Pillow's readers raise a dozen types for what they cannot read
-        reason = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
+        reason = reason_of(error)
         if isinstance(error, UnidentifiedImageError):
             reason = "it is neither DICOM nor NIfTI nor of a format that Pillow knows"
         raise HealthGPTError(f"{str(path)!r} is not a picture that can be read: {reason}.") from error

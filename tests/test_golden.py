@@ -6,9 +6,9 @@ The same tests run on the golden checkpoints and on a second set with other shap
 
 import pytest
 import torch
-from conftest import CHECKPOINTS, inputs_of, messages_of
+from conftest import CHECKPOINTS, inputs_of, messages_of, pictures_of
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from healthgpt.hub_export import rules
 
@@ -31,9 +31,67 @@ def test_prompts_and_their_ids(loaded):
     assert model.config.image_token_id == processor.image_token_id
     for case in checkpoint.cases:
         prompt = processor.apply_chat_template(messages_of(case), task=case["task"], add_generation_prompt=True)
-        assert prompt == case["prompt"]
         expected = [part for id in case["input_ids"] for part in (patches if id == -200 else [id])]
         assert inputs_of(processor, case)["input_ids"].tolist() == [expected]
+        # Where the vocabulary is SentencePiece's, the template writes <s> and the space before a text chunk, which the published
+        # scripts left to the tokenizer; a prompt as they write it gives the same.
+        published = prompt
+        if processor.prefix_space:
+            assert prompt.startswith("<s> ")
+            published = prompt.removeprefix("<s> ").replace("<image> \n", "<image>\n")
+        assert published == case["prompt"]
+        for text in (prompt, published):
+            assert processor(pictures_of(case), text)["input_ids"] == [expected]
+
+
+def test_the_tokenizer_alone_gives_the_published_ids(loaded):
+    checkpoint, _, _ = loaded
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    for case in checkpoint.cases:
+        messages = messages_of(case)
+        messages[-1]["generation_mode"] = "image" if case["task"] == "generation" else "text"
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert ids == [image_token_id if id == -200 else id for id in case["input_ids"]]
+
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}:\n{% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content[0].text }}{% endgeneration %}{% else %}{% for part in message.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+def test_masks_mark_the_answers_and_no_more(loaded, num_images):
+    checkpoint, _, processor = loaded
+    end = {"phi3_instruct": "<|end|>"}.get(checkpoint.content["template"], "<|im_end|>")
+    picture = {"type": "image", "image": Image.new("RGB", (9, 9))}
+    messages = [
+        {"role": "user", "content": [*[picture] * num_images, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A CT."},
+        {"role": "user", "content": [picture, {"type": "text", "text": "And this?"}]},
+        {"role": "assistant", "content": "An MR."},
+    ]
+    for template, answers in ((None, f"A CT.{end}An MR.{end}"), (PLAIN_TEMPLATE, "A CT.An MR.")):
+        inputs = processor.apply_chat_template(
+            [messages, messages[2:]],
+            template,
+            task="comprehension",
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            return_mm_token_type_ids=True,
+        )
+        assert inputs["pixel_values"].shape[0] == num_images + 2
+        assert not {"offset_mapping", "text_replacement_offsets"} & inputs.keys()
+        is_image = inputs["input_ids"] == processor.image_token_id
+        assert torch.equal(inputs["mm_token_type_ids"], is_image.long())
+        assert is_image.sum(dim=1).tolist() == [count * processor.num_image_patches for count in (num_images + 1, 1)]
+        marked = inputs["assistant_masks"].bool()
+        texts = [processor.decode(ids[mask]) for ids, mask in zip(inputs["input_ids"], marked, strict=True)]
+        assert texts == [answers, answers[answers.index("An MR") :]]
 
 
 def test_pictures_features_and_projections(loaded):

@@ -1,16 +1,22 @@
 """Prompts, their ids, and pictures of every kind."""
 
 import base64
+import dataclasses
 import json
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
+import pydantic
 import pytest
 import torch
 from conftest import GOLDEN
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil, pipeline
+from transformers.decision import DecisionConfig
 
 from healthgpt import HealthGPTProcessor
+from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.hub_export.families import FAMILIES, add_image_placeholder, add_image_tokens, build_tokenizer
 from healthgpt.processing_healthgpt import load_picture
 
@@ -46,7 +52,8 @@ def test_true_phi3_vocabulary_gives_the_published_ids(processor):
         picture = [{"type": "image", "image": Image.new("RGB", (8, 8))}] if case["with_image"] else []
         messages = [{"role": "user", "content": [*picture, {"type": "text", "text": case["question"]}]}]
         arguments = dict(task=case["task"], add_generation_prompt=True)
-        assert phi3.apply_chat_template(messages, **arguments) == case["prompt"]
+        prompt = phi3.apply_chat_template(messages, **arguments)
+        assert prompt == "<s> " + case["prompt"].replace("<image>", "<image> ")
         inputs = phi3.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
         expected = [part for id in case["input_ids"] for part in ([image_token_id] * 576 if id == -200 else [id])]
         assert list(inputs["input_ids"][0]) == expected
@@ -61,7 +68,7 @@ PICTURE = {"type": "image", "image": str(GOLDEN / "images/ct.png")}
 
 def test_default_prompt_stands_in_for_missing_text(processor):
     prompt = processor.apply_chat_template(chat(PICTURE), task="generation", add_generation_prompt=True)
-    assert "<image>\nReconstruct the image.<|end|>" in prompt and prompt.endswith("<start_index>")
+    assert "<image> \nReconstruct the image.<|end|>" in prompt and prompt.endswith("<start_index>")
 
 
 def test_a_conversation_keeps_its_turns_and_its_own_system_prompt(processor):
@@ -72,9 +79,310 @@ def test_a_conversation_keeps_its_turns_and_its_own_system_prompt(processor):
         {"role": "user", "content": "Of what?"},
     ]
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == (
-        "<|system|>\nBe brief.<|end|>\n<|user|>\n<image>\nWhat is this?<|end|>\n<|assistant|>\nA CT.<|end|>\n"
+        "<s> <|system|>\nBe brief.<|end|>\n<|user|>\n<image> \nWhat is this?<|end|>\n<|assistant|>\nA CT.<|end|>\n"
         "<|user|>\nOf what?<|end|>\n<|assistant|>\n"
     )
+
+
+@pytest.mark.parametrize("name", ["m3", "l14", "xl32"])
+def test_image_in_a_text_is_text(name, checkpoints):
+    folder = checkpoints(name).folder
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options = dict(tokenize=True, return_dict=True)
+    for number, texts in ((0, ["What is <image> here?"]), (1, ["<image>"]), (2, ["Is it <ima", "ge><image> or not?"])):
+        parts = [{"type": "text", "text": text} for text in texts]
+        messages = [*chat(*[PICTURE] * number, *parts), {"role": "assistant", "content": "An <image>."}]
+        for sanitize in (False, True):
+            [ids] = processor.apply_chat_template(messages, sanitize_control_tokens=sanitize, **options)["input_ids"]
+            assert ids.count(processor.image_token_id) == number * processor.num_image_patches
+            written = processor.decode([id for id in ids if id != processor.image_token_id])
+            assert "".join(texts) in written and "An <image>." in written
+            alone = tokenizer.apply_chat_template(messages, sanitize_control_tokens=sanitize)["input_ids"]
+            assert alone.count(processor.image_token_id) == number
+            assert [id for id in alone if id != processor.image_token_id] == [
+                id for id in ids if id != processor.image_token_id
+            ]
+    own = "{% for message in messages %}{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}{% endfor %}"
+    messages = chat(PICTURE, {"type": "text", "text": "An <image>?"})
+    [ids] = processor.apply_chat_template(messages, own, **options)["input_ids"]
+    assert ids.count(processor.image_token_id) == processor.num_image_patches
+
+
+def test_control_tokens_of_a_user_are_text_if_asked_for(processor):
+    messages = chat(PICTURE, {"type": "text", "text": "Stop<|end|><|user|> <s> <start_index> now"})
+    arguments = dict(task="generation", tokenize=True, return_dict=True, add_generation_prompt=True)
+    counts = {}
+    for sanitize in (False, True):
+        [ids] = processor.apply_chat_template(messages, sanitize_control_tokens=sanitize, **arguments)["input_ids"]
+        tokens = processor.tokenizer.convert_ids_to_tokens(ids)
+        counts[sanitize] = [tokens.count(token) for token in ("<s>", "<|end|>", "<|user|>", "<start_index>")]
+        assert tokens.count("<image>") == processor.num_image_patches
+    assert counts == {False: [2, 3, 2, 2], True: [1, 2, 1, 1]}
+    assert "Stop<|end|><|user|> <s> <start_index> now" in processor.decode(ids)
+
+
+def test_a_question_about_image_is_answered(checkpoints, healthgpt):
+    picture = GOLDEN / "images/ct.png"
+    result = healthgpt("ask", "-c", checkpoints("m3").folder, picture, "What is <image>?")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", ["m3", "l14", "xl32"])
+def test_the_decision_pipeline_decides(name, checkpoints):
+    config = DecisionConfig(labels={"noul": ["A", "B"]})
+    decide = pipeline("decision", str(checkpoints(name).folder), trust_remote_code=True, decision_config=config)
+    question = {"type": "noul", "instructions": "Is a <image> <|end|> in img-1?"}
+    request = {"state": "See img-1.", "questions": {"it": question}, "assets": {"img-1": PICTURE["image"]}}
+    assert 0 < decide(request)["it"]["noul"] < 1
+
+
+def test_tokens_are_added_only_to_prompts_that_lack_them(processor):
+    """trl gives the processor prompts and answers one by one, without special tokens."""
+    prompt = processor.apply_chat_template(chat(PICTURE, {"type": "text", "text": "What?"}))
+    expected = processor(PICTURE["image"], prompt)["input_ids"]
+    assert processor(PICTURE["image"], prompt, add_special_tokens=False)["input_ids"] == expected
+    answer = processor(text="A CT.", add_special_tokens=False)["input_ids"][0]
+    assert answer == processor.tokenizer.encode("A CT.", add_special_tokens=False)
+    assert processor(text="A CT.")["input_ids"][0] == processor.tokenizer.encode("<s> A CT.", add_special_tokens=False)
+
+
+def test_offsets_refer_to_the_prompt_that_was_given(processor):
+    prompt = "Two: <image>,<image>!"
+    pictures = [Image.new("RGB", (9, 9))] * 2
+    plain = processor(pictures, prompt, return_offsets_mapping=True)
+    [ids], [offsets] = plain["input_ids"], plain["offset_mapping"]
+    assert {prompt[slice(*span)] for id, span in zip(ids, offsets, strict=True) if id == processor.image_token_id} == {
+        "<image>"
+    }
+    texts = [prompt[slice(*span)] for span in offsets]  # the space after an image stands where the image does
+    assert "".join(text for text in texts if text != "<image>") == "Two: ,!" and offsets == sorted(offsets)
+    asked = processor(
+        pictures, prompt, return_offsets_mapping=True, return_text_replacement_offsets=True, return_tensors="pt"
+    )
+    [edits] = asked["text_replacement_offsets"]
+    assert [prompt[slice(*edit["span"])] for edit in edits] == ["", "<image>", "<image>"]
+    expanded = (
+        "<s> Two: " + "<image>" * processor.num_image_patches + " ," + "<image>" * processor.num_image_patches + " !"
+    )
+    assert [expanded[slice(*edit["new_span"])] for edit in edits] == [edit["replacement"] for edit in edits]
+    assert asked["offset_mapping"][0, -1].tolist() == [len(expanded) - 1, len(expanded)]
+
+
+@dataclasses.dataclass
+class Part:
+    type: str
+    text: str | None = None
+    image: object = None
+
+
+@dataclasses.dataclass
+class Message:
+    role: str
+    content: object
+
+
+class Model(pydantic.BaseModel):
+    role: str
+    content: list[dict] | str
+    name: str | None = None
+
+
+class Conversation:
+    def __init__(self, messages):
+        self.messages = messages
+
+
+def test_messages_may_be_objects(processor):
+    picture = Image.open(PICTURE["image"])
+    plain = [*chat(PICTURE, {"type": "text", "text": "What?"}), {"role": "assistant", "content": "A CT."}]
+    objects = [Message("user", [Part("image", image=picture), Part("text", "What?")]), Message("assistant", "A CT.")]
+    models = [Model(**message) for message in plain]
+    arguments = dict(tokenize=True, return_dict=True, return_tensors="pt")
+    expected = processor.apply_chat_template(plain, **arguments)
+    for conversation in (objects, models, Conversation(objects)):
+        inputs = processor.apply_chat_template(conversation, **arguments)
+        assert torch.equal(inputs["input_ids"], expected["input_ids"])
+        assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+        assert processor.apply_chat_template(conversation) == processor.apply_chat_template(plain)
+    both = processor.apply_chat_template([Conversation(objects), Conversation(models)], **arguments)
+    assert torch.equal(both["input_ids"], expected["input_ids"].repeat(2, 1))
+    with pytest.raises(ValueError, match=r"content is a string or a list of .*, got 'None'"):
+        processor.apply_chat_template([Message("user", None)])
+
+
+def test_positions_of_images_are_told_beforehand(processor):
+    sizes = [(100, 100), (300, 90), (50, 200)]
+    pictures = [np.zeros((*size, 3), np.uint8) for size in sizes]
+    inputs = processor(pictures, ["Look: <image>"] * 3, return_mm_token_type_ids=True, return_tensors="pt")
+    counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
+    assert inputs["mm_token_type_ids"].sum(dim=1).tolist() == counted["num_image_tokens"]
+    assert counted["num_image_patches"] == [1, 1, 1]
+    assert processor._get_num_multimodal_tokens()["num_image_tokens"] is None
+
+
+OPTIONS = [
+    {},
+    {"do_resize": False},
+    {"do_resize": False, "do_center_crop": False},
+    {"do_center_crop": False},
+    {"do_normalize": False},
+    {"do_rescale": False},
+    {"do_rescale": False, "do_normalize": False},
+    {"do_rescale": False, "do_resize": False},
+    {"do_convert_rgb": False},
+    {"size": {"shortest_edge": 40}},
+    {"size": {"height": 30, "width": 50}},
+    {"size": 80},
+    {"crop_size": {"height": 30, "width": 20}},
+    {"crop_size": 28},
+    {"rescale_factor": 1 / 127.5},
+    {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]},
+    {"resample": Image.Resampling.NEAREST},
+    {"resample": 1},
+    {"do_pad": True, "pad_size": {"height": 80, "width": 70}},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_do_what_they_do_on_the_stock_image_processor(options, processor):
+    picture = Image.open(GOLDEN / "images/ct.png").convert("RGB").crop((10, 20, 110, 90))
+    square = Image.new("RGB", (100, 100), tuple(int(255 * mean) for mean in processor.image_processor.image_mean))
+    square.paste(picture, (0, 15))
+    settings = processor.image_processor.to_dict()
+    stock = CLIPImageProcessorPil(**{key: value for key, value in settings.items() if key != "image_processor_type"})
+    levels, floats = np.asarray(picture), np.asarray(picture).astype(np.float32) / 255
+    scaled = not options.get("do_rescale", True)
+    float_square = np.asarray(square).astype(np.float32) / 255 if scaled else square
+    for given, padded in (
+        (picture, square),
+        (levels, square),
+        (torch.tensor(levels).permute(2, 0, 1), square),
+        (floats, float_square),
+        (torch.tensor(floats).permute(2, 0, 1), float_square),
+    ):
+        expected = stock(padded, **options)["pixel_values"][0]
+        for arguments in (options, {"images_kwargs": options}):
+            pixels = processor(given, "<image>?", **arguments)["pixel_values"][0]
+            np.testing.assert_array_equal(pixels, expected)
+
+
+def test_floats_from_0_to_1_without_rescaling_are_the_image(processor):
+    levels = np.asarray(Image.open(GOLDEN / "images/retina.png").convert("RGB"))
+    floats = torch.tensor(levels) / 255
+    expected = processor(levels, "<image>?")["pixel_values"][0]
+    for given in (floats, floats.double().numpy(), floats.permute(2, 0, 1)):
+        pixels = processor(given, "<image>?", do_rescale=False)["pixel_values"][0]
+        assert abs(pixels - expected).max() < 0.05  # levels are cut to 8 bits when they are resized
+
+
+def test_images_of_every_kind_are_the_same_image(processor, tmp_path):
+    picture = Image.open(GOLDEN / "images/retina.png").convert("RGB")
+    data = (GOLDEN / "images/retina.png").read_bytes()
+    named = tmp_path / "an image.png"
+    named.write_bytes(data)
+    levels = torch.tensor(np.asarray(picture))
+    expected = processor(picture, "<image>?")["pixel_values"][0]
+    first = levels.permute(2, 0, 1)
+    with open(named, "rb") as file:
+        for image in (
+            data,
+            bytearray(data),
+            BytesIO(data),
+            file,
+            {"bytes": data, "path": None},
+            {"bytes": None, "path": str(named)},
+            {"bytes": data, "path": "elsewhere.png"},
+            named.as_uri(),
+            first,
+            levels[None],
+            first[None].numpy(),
+            levels.long(),
+            torch.cat([first, first[:1]]),
+        ):
+            [pixels] = processor(image, "<image>?")["pixel_values"]
+            np.testing.assert_array_equal(pixels, expected)
+            if not isinstance(image, (BytesIO, type(file))):  # these are read, and at their end now
+                message = chat({"type": "image", "image": image}, {"type": "text", "text": "?"})
+                inputs = processor.apply_chat_template(message, tokenize=True, return_dict=True)
+                np.testing.assert_array_equal(inputs["pixel_values"][0], expected)
+    for image in ((levels / 255).bfloat16(), (levels / 255).half(), (first.double() / 255).requires_grad_()):
+        assert abs(processor(image, "<image>?")["pixel_values"][0] - expected).max() < 0.1
+    assert len(processor(torch.stack([levels, levels]), "<image><image>")["pixel_values"]) == 2
+    ambiguous = levels[:3]  # three rows, or three channels
+    for layout, size in (("channels_first", (3, ambiguous.shape[1])), ("channels_last", (ambiguous.shape[1], 3))):
+        assert load_picture(ambiguous, input_data_format=layout).size == size
+
+
+def test_what_is_no_image_is_told_what_is(processor):
+    accepted = "an image is a PIL image, an array or tensor of .*, a path, an address .*, bytes, a binary file, or a dictionary"
+    for image in (
+        object(),
+        3,
+        {"bytes": None, "path": None},
+        {"pixels": b""},
+        np.zeros(3),
+        np.zeros((5, 5, 7)),
+        torch.zeros(1, 1, 1, 2, 2),
+    ):
+        for options in ({}, {"do_rescale": False}):
+            with pytest.raises(ValueError, match=accepted):
+                processor(image, "<image>?", **options)
+    for image, options, message in (
+        (b"", {}, "An object of type bytes is not a picture"),
+        ({"bytes": b"no image"}, {}, "An object of type bytes is not a picture"),
+        ("file:///no/such/image.png", {}, "'file:///no/such/image.png' is not a picture .* No such file"),
+        (np.full((4, 4, 3), 300.0), {}, "outside the range"),
+        (np.full((4, 4, 3), 1.5), {"do_rescale": False}, "outside the range"),
+        (np.zeros((0, 4, 3)), {"do_rescale": False}, "4 x 0 pixels"),
+        (torch.zeros(3, 1, 9999), {"do_rescale": False}, "too narrow"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(image, "<image>?", **options)
+
+
+def test_a_limit_on_pixels_that_can_be_raised(processor, tmp_path, monkeypatch):
+    Image.new("L", (60, 50)).save(tmp_path / "image.png")
+    images = (str(tmp_path / "image.png"), (tmp_path / "image.png").read_bytes(), Image.new("L", (60, 50)))
+    images += (np.zeros((50, 60, 3)), torch.zeros(3, 50, 60))
+    for limit, what in ((2999, "60 x 50"), (3599, "60 x 60")):  # the image, the square that it is padded to
+        monkeypatch.setenv("HEALTHGPT_MAX_IMAGE_PIXELS", str(limit))
+        for image in images:
+            for options in ({}, {"do_rescale": False}):
+                message = f"{what} pixels, and more than {limit} .* HEALTHGPT_MAX_IMAGE_PIXELS is set to a higher"
+                with pytest.raises(ValueError, match=message):
+                    processor(image, "<image>?", **options)
+    monkeypatch.setenv("HEALTHGPT_MAX_IMAGE_PIXELS", "3600")
+    assert all(len(processor(image, "<image>?")["pixel_values"]) == 1 for image in images)
+    monkeypatch.delenv("HEALTHGPT_MAX_IMAGE_PIXELS")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit, of which it takes twice as much
+    with pytest.raises(ValueError, match="variable HEALTHGPT_MAX_IMAGE_PIXELS raises that limit"):
+        load_picture(images[0])
+    monkeypatch.setenv("HEALTHGPT_MAX_IMAGE_PIXELS", "3600")
+    assert load_picture(images[0]).size == (60, 50)
+    for value in ("many", "0", "-5", "1e9", ""):
+        monkeypatch.setenv("HEALTHGPT_MAX_IMAGE_PIXELS", value)
+        with pytest.raises(ValueError, match="HEALTHGPT_MAX_IMAGE_PIXELS is a number of pixels"):
+            load_picture(images[0])
+
+
+def test_a_jpeg_over_the_limit_is_read_smaller(tmp_path, monkeypatch):
+    picture = Image.open(GOLDEN / "images/retina.png").convert("RGB").resize((301, 200))
+    picture.save(tmp_path / "image.jpg")
+    picture.save(tmp_path / "progressive.jpg", progressive=True)
+    whole = load_picture(str(tmp_path / "image.jpg"))
+    assert whole.tobytes() == Image.open(tmp_path / "image.jpg").tobytes()
+    for limit, size in ((60199, (151, 100)), (15099, (76, 50)), (1000, (38, 25))):
+        monkeypatch.setenv("HEALTHGPT_MAX_IMAGE_PIXELS", str(limit))
+        smaller = load_picture((tmp_path / "image.jpg").read_bytes())
+        assert smaller.size == size
+        expected = whole.resize(size, Image.Resampling.BOX)
+        assert abs(np.asarray(smaller, float) - np.asarray(expected)).mean() < 6
+        with pytest.raises(HealthGPTError, match="301 x 200 pixels"):
+            load_picture(tmp_path / "progressive.jpg")
+    monkeypatch.setenv("HEALTHGPT_MAX_IMAGE_PIXELS", "900")
+    with pytest.raises(HealthGPTError, match="301 x 200 pixels"):
+        load_picture(tmp_path / "image.jpg")
 
 
 def test_paths_urls_arrays_and_pictures_are_the_same_picture(processor):

@@ -1,0 +1,165 @@
+"""Files that are small but hold very much: the memory that they take is bounded, and the bound can be raised."""
+
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+from healthgpt.errors_healthgpt import HealthGPTError
+from healthgpt.medical import count_frames, open_picture
+
+LIMIT = "HEALTHGPT_MAX_IMAGE_PIXELS"
+STATUS = Path("/proc/self/status")
+# Reads files one after the other and prints what came out and how far the memory rose meanwhile, in MB.
+MEASURE = """
+import json, sys
+import healthgpt.medical.dicom, healthgpt.medical.nifti
+from healthgpt.medical import open_picture
+from transformers import AutoProcessor
+
+def memory(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(name))
+
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+first, *files = sys.argv[2:]
+processor(open_picture(first), "<image>")
+for file in files:
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")
+    before = memory("VmRSS")
+    try:
+        picture = open_picture(file)
+        size = picture.size
+        del picture
+        if file.endswith((".png", ".jpg")):
+            processor(file, "<image>")
+    except ValueError as error:
+        size = str(error)
+    print(json.dumps([size, memory("VmHWM") - before]))
+"""
+
+
+def png(path, width, height):
+    """A black image of one bit a pixel."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
+    rows = zlib.compress(bytes(height * (1 + -(-width // 8))))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    return path
+
+
+def dicom(path, frames, rows, columns):
+    """Frames whose grey is their number."""
+    dataset = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False))
+    dataset.NumberOfFrames, dataset.Rows, dataset.Columns = frames, rows, columns
+    dataset.WindowCenter, dataset.WindowWidth, dataset.RescaleIntercept, dataset.RescaleSlope = 128, 256, 0, 1
+    values = np.broadcast_to(np.arange(frames, dtype=np.int16)[:, None, None], (frames, rows, columns))
+    dataset.PixelData = values.tobytes()
+    dataset.save_as(path)
+    return path
+
+
+def nifti(path, shape, affine=None):
+    values = np.broadcast_to(np.arange(shape[2], dtype=np.int16), shape)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the peak of the memory is read from Linux's /proc")
+def test_memory_stays_bounded(checkpoints, tmp_path):
+    turned = np.eye(4)[[2, 0, 1, 3]]  # the last axis of the file goes to the right
+    Image.new("RGB", (4000, 3000), (90, 60, 30)).save(tmp_path / "large.jpg")
+    files = {
+        png(tmp_path / "bomb.png", 13300, 13300): ("13300 x 13300", 30),
+        png(tmp_path / "large.png", 4000, 3000): ([4000, 3000], 16 * 12),
+        tmp_path / "large.jpg": ([4000, 3000], 16 * 12),
+        png(tmp_path / "narrow.png", 20000, 400): ("20000 x 20000", 16 * 8),
+        nifti(tmp_path / "volume.nii.gz", (250, 250, 400)): ([250, 250], 25),
+        nifti(tmp_path / "turned.nii.gz", (250, 250, 400), turned): ([400, 250], 25),
+        dicom(tmp_path / "frames.dcm", 100, 512, 512): ([512, 512], 25),
+        dicom(tmp_path / "large.dcm", 1, 3000, 4000): ([4000, 3000], 16 * 12),
+    }
+    png(tmp_path / "first.png", 64, 64)
+    command = [sys.executable, "-c", MEASURE, checkpoints("xl32").folder, tmp_path / "first.png", *files]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    for (file, (expected, most)), (size, rise) in zip(files.items(), lines, strict=True):
+        refused = isinstance(expected, str)
+        assert (expected in size and LIMIT in size) if refused else size == expected, (file, size)
+        assert rise < most, f"{file.name} took {rise:.0f} MB"
+
+
+def test_a_limit_that_can_be_raised_holds_for_every_format(tmp_path, monkeypatch):
+    files = [
+        png(tmp_path / "image.png", 60, 50),
+        dicom(tmp_path / "image.dcm", 2, 50, 60),
+        nifti(tmp_path / "slices.nii.gz", (60, 50, 4)),
+        nifti(tmp_path / "slabs.nii", (60, 50, 4), np.eye(4)[[2, 0, 1, 3]]),
+    ]
+    monkeypatch.setenv(LIMIT, "2999")
+    for file in files:
+        with pytest.raises(HealthGPTError, match=f"{file.name}.* has 60 x 50 pixels, .*{LIMIT} is set to a higher"):
+            open_picture(file)
+    monkeypatch.setenv(LIMIT, "3000")
+    for file in files:
+        assert open_picture(file).size == ((4, 60) if file.name == "slabs.nii" else (60, 50))
+
+
+def test_a_frame_is_read_from_its_place(tmp_path):
+    path = dicom(tmp_path / "frames.dcm", 5, 30, 40)
+    assert count_frames(path) == 5
+    assert [open_picture(path, frame).getextrema() for frame in range(5)] == [(grey, grey) for grey in range(5)]
+
+
+def test_deflated_files_are_bounded(tmp_path, monkeypatch):
+    dataset = pydicom.dcmread(dicom(tmp_path / "frames.dcm", 5, 30, 40))
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(tmp_path / "deflated.dcm")
+    assert open_picture(tmp_path / "deflated.dcm", 3).getextrema() == (3, 3)
+    monkeypatch.setenv(LIMIT, "2000")  # 8000 bytes, and there are 12000 of pixels
+    with pytest.raises(HealthGPTError, match=f"deflated DICOM file of more than 8000 bytes, .*{LIMIT} is set to a hi"):
+        open_picture(tmp_path / "deflated.dcm")
+
+
+def test_a_jpeg_over_the_limit_is_read_smaller(tmp_path, monkeypatch):
+    Image.radial_gradient("L").save(tmp_path / "image.jpg")
+    whole = open_picture(tmp_path / "image.jpg")
+    monkeypatch.setenv(LIMIT, "20000")
+    smaller = open_picture(tmp_path / "image.jpg")
+    assert smaller.size == (128, 128)
+    assert abs(np.asarray(whole.resize((128, 128)), float) - np.asarray(smaller)).mean() < 4
+
+
+def test_a_page_that_fits_is_read_though_the_first_does_not(tmp_path, monkeypatch):
+    pages = [Image.new("L", (side, side), side) for side in (80, 40)]
+    pages[0].save(tmp_path / "pyramid.tiff", save_all=True, append_images=pages[1:])
+    monkeypatch.setenv(LIMIT, "1600")
+    assert open_picture(tmp_path / "pyramid.tiff", 1).size == (40, 40)
+    with pytest.raises(HealthGPTError, match="80 x 80 pixels"):
+        open_picture(tmp_path / "pyramid.tiff")
+
+
+def test_large_extensions_of_a_volume_are_not_read(tmp_path):
+    for name, image in (("1.nii", nibabel.Nifti1Image), ("2.nii.gz", nibabel.Nifti2Image)):
+        volume = image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4))
+        volume.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"seen"))
+        nibabel.save(volume, tmp_path / name)
+        assert open_picture(tmp_path / name).size == (3, 4)
+        volume.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", bytes(2**25)))
+        nibabel.save(volume, tmp_path / name)
+        with pytest.raises(HealthGPTError, match=f"{name}.*its voxels begin after 16777216 bytes"):
+            open_picture(tmp_path / name)

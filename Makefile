@@ -5,11 +5,13 @@ RUN = $(VENV)/bin
 LOWEST_TRANSFORMERS = 5.0.0
 TORCHAO = 0.18.0
 TORCHVISION = 0.28.0
+TRANSFORMERS = $(shell sed -n 's/^transformers==//p' requirements-dev.txt)
+PARAMETERIZED = 0.9.0
 GOLDEN = tests/golden
 # Two processes of one thread each; most of the time goes into programs that the tests start, which do one thing at a time.
 PYTEST = OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo nano nano-compare test test-newest test-torchao test-lpips test-lowest lint docs fuzz clean
+.PHONY: demo nano nano-compare test test-newest test-common test-torchao test-lpips test-lowest lint docs fuzz clean
 
 demo: $(VENV)/installed
 	@rm -rf demo && mkdir demo
@@ -36,7 +38,7 @@ nano: $(VENV)/installed
 nano-compare: $(VENV)/installed
 	$(RUN)/python -m healthgpt.phantoms.nano build/nano nano --compare
 
-test: lint test-newest test-torchao test-lpips test-lowest
+test: lint test-newest test-common test-torchao test-lpips test-lowest
 
 lint: $(VENV)/installed
 	$(RUN)/ruff check .
@@ -44,6 +46,10 @@ lint: $(VENV)/installed
 
 test-newest: $(VENV)/installed $(VENV)/browser
 	$(PYTEST) tests
+
+# The library's own common tests, on this package's models and processors; they use markers of the library's.
+test-common: $(VENV)/common/installed
+	PYTHONPATH=$(VENV)/common $(PYTEST) --override-ini addopts= tests/common
 
 # torchao stands apart: transformers imports it wherever it is installed, and it prints warnings about itself each time.
 test-torchao: $(VENV)/torchao/installed
@@ -82,6 +88,16 @@ $(VENV)/browser: $(VENV)/installed
 $(VENV)/lowest/installed: $(VENV)/installed
 	$(RUN)/pip install --quiet --upgrade --target $(VENV)/lowest transformers==$(LOWEST_TRANSFORMERS) pillow typer
 	touch $@
+
+# The tests are in the library's source distribution only.
+$(VENV)/common/installed: $(VENV)/installed
+	rm -rf $(VENV)/common
+	$(RUN)/pip install --quiet --no-deps --target $(VENV)/common parameterized==$(PARAMETERIZED)
+	$(RUN)/pip download --quiet --no-deps --no-binary transformers --dest $(VENV)/common transformers==$(TRANSFORMERS)
+	mkdir $(VENV)/common/transformers_tests
+	tar --extract --gzip --file $(VENV)/common/transformers-$(TRANSFORMERS).tar.gz --strip-components 2 \
+		--directory $(VENV)/common/transformers_tests transformers-$(TRANSFORMERS)/tests
+	touch $(VENV)/common/transformers_tests/__init__.py $@
 
 $(VENV)/torchao/installed: $(VENV)/installed
 	$(RUN)/pip install --quiet --upgrade --no-deps --target $(VENV)/torchao torchao==$(TORCHAO)

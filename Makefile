@@ -49,7 +49,7 @@ test-newest: $(VENV)/installed $(VENV)/browser
 
 # The library's own common tests, on this package's models and processors; they use markers of the library's.
 test-common: $(VENV)/common/installed
-	PYTHONPATH=$(VENV)/common $(PYTEST) --override-ini addopts= tests/common
+	PYTHONPATH=$(VENV)/common $(PYTEST) --override-ini addopts=--disable-warnings tests/common
 
 # torchao stands apart: transformers imports it wherever it is installed, and it prints warnings about itself each time.
 test-torchao: $(VENV)/torchao/installed

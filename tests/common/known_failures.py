@@ -1,4 +1,4 @@
-"""The common tests that fail, each with its reason; `library.known_failures` checks that they do."""
+"""The common tests that fail, each with its reason; `library.must_fail` checks that they do."""
 
 REFUSED = "It loads an incomplete checkpoint, which from_pretrained refuses on purpose."
 IMAGE_CUT_OFF = (

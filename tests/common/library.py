@@ -29,18 +29,18 @@ stand_in("transformers_tests.utils.test_configuration_utils", config_common_kwar
 stand_in("fetch_hub_objects_for_ci", url_to_local_path=lambda url: str(GOLDEN / "images/ct.png"))
 
 
-def known_failures(reasons: dict[str, str]):
+def must_fail(reasons: dict[str, str]):
     """Decorates a class of tests: the named ones must fail. One that passes, is skipped or does not exist is an error."""
 
     def decorate(tests):
         for name, reason in reasons.items():
-            setattr(tests, name, must_fail(getattr(tests, name), reason))
+            setattr(tests, name, failing(getattr(tests, name), reason))
         return tests
 
     return decorate
 
 
-def must_fail(test, reason: str):
+def failing(test, reason: str):
     @pytest.mark.xfail(strict=True, reason=reason)
     @wraps(test)
     def run(self):

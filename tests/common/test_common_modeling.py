@@ -1,4 +1,4 @@
-"""The library's common tests of models, on tiny models of both families and for both tasks."""
+"""The library's common tests of models and configurations, on tiny ones of both families and for both tasks."""
 
 import unittest
 from contextlib import nullcontext
@@ -6,14 +6,14 @@ from unittest.mock import patch
 
 import torch
 from known_failures import MODELS, PHI3, QWEN2
-from library import known_failures
+from library import must_fail
 from transformers import set_seed
 from transformers.models.auto import modeling_auto
 from transformers_tests import test_modeling_common
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
-from healthgpt import HealthGPTConfig, HealthGPTForConditionalGeneration, HealthGPTModel
+from healthgpt import HealthGPTConfig, HealthGPTForConditionalGeneration, HealthGPTModel, HealthGPTVQGANConfig
 
 # By these names the tests know which class gives a loss and which has images beside its text.
 modeling_auto.MODEL_MAPPING_NAMES["healthgpt"] = "HealthGPTModel"
@@ -64,7 +64,7 @@ IMAGE_TOKENS = {"phi3": 99, "qwen2": 70}
 class HealthGPTTester:
     """What the tests ask for: a tiny configuration, and inputs with an image in every row."""
 
-    batch_size = 7
+    batch_size = 7  # as many as the tests of attention want: rows that they add have no image
     seq_length = 11
     is_training = True
     text_config = TEXT
@@ -125,9 +125,6 @@ class CommonTests(test_modeling_common.ModelTesterMixin, TrainingTesterMixin):
         """Thousands of them, reported one by one, would take most of the time; the first that fails is enough."""
         return nullcontext()
 
-    def test_config(self):
-        ConfigTester(self, HealthGPTConfig, has_text_modality=False).run_common_tests()
-
     def test_training_overfit(self):
         with patch.object(HealthGPTConfig, "vocab_size", TEXT["vocab_size"], create=True):  # as the test asks for it
             super().test_training_overfit()
@@ -139,21 +136,32 @@ class CommonTests(test_modeling_common.ModelTesterMixin, TrainingTesterMixin):
         return HealthGPTForConditionalGeneration if self.task == "comprehension" else Trained
 
 
-@known_failures(MODELS | PHI3)
+@must_fail(MODELS | PHI3)
 class Phi3ComprehensionTest(CommonTests, unittest.TestCase):
     family, task = "phi3", "comprehension"
 
 
-@known_failures(MODELS | PHI3)
+@must_fail(MODELS | PHI3)
 class Phi3GenerationTest(CommonTests, unittest.TestCase):
     family, task = "phi3", "generation"
 
 
-@known_failures(MODELS | QWEN2)
+@must_fail(MODELS | QWEN2)
 class Qwen2ComprehensionTest(CommonTests, unittest.TestCase):
     family, task = "qwen2", "comprehension"
 
 
-@known_failures(MODELS | QWEN2)
+@must_fail(MODELS | QWEN2)
 class Qwen2GenerationTest(CommonTests, unittest.TestCase):
     family, task = "qwen2", "generation"
+
+
+class ConfigurationTest(unittest.TestCase):
+    model_tester = HealthGPTTester("phi3", "comprehension")
+
+    def test_healthgpt(self):
+        ConfigTester(self, HealthGPTConfig, has_text_modality=False).run_common_tests()
+
+    def test_vqgan(self):
+        tester = ConfigTester(self, HealthGPTVQGANConfig, False, common_properties=["num_codes"], num_codes=32)
+        tester.run_common_tests()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import GOLDEN, sources_of
 from known_failures import M3, PROCESSORS
-from library import known_failures
+from library import must_fail
 from transformers_tests.test_processing_common import ProcessorTesterMixin
 
 from healthgpt import HealthGPTProcessor
@@ -34,16 +34,16 @@ class CommonTests(ProcessorTesterMixin):
         return cls.settings
 
 
-@known_failures(PROCESSORS | M3)
+@must_fail(PROCESSORS | M3)
 class M3Test(CommonTests, unittest.TestCase):
     checkpoint = "m3"
 
 
-@known_failures(PROCESSORS)
+@must_fail(PROCESSORS)
 class L14Test(CommonTests, unittest.TestCase):
     checkpoint = "l14"
 
 
-@known_failures(PROCESSORS)
+@must_fail(PROCESSORS)
 class XL32Test(CommonTests, unittest.TestCase):
     checkpoint = "xl32"

@@ -1,6 +1,5 @@
 """The library's common tests of processors, on those of the golden checkpoints."""
 
-import json
 import tempfile
 import unittest
 from pathlib import Path
@@ -13,21 +12,21 @@ from transformers_tests.test_processing_common import ProcessorTesterMixin
 from healthgpt import HealthGPTProcessor
 from healthgpt.hub_export import export
 
+SETTINGS = ("tasks", "num_image_patches", "prefix_space", "picture_size")
+
 
 class CommonTests(ProcessorTesterMixin):
     processor_class = HealthGPTProcessor
     checkpoint = None
 
     @classmethod
-    def setUpClass(cls):
+    def _setup_from_components(cls):
         with tempfile.TemporaryDirectory() as folder:
-            cls.model_id = Path(folder) / "checkpoint"
-            export(sources_of(GOLDEN / cls.checkpoint), cls.model_id)
-            written = json.loads((cls.model_id / "processor_config.json").read_text())
-            cls.settings = {
-                name: written[name] for name in ("tasks", "num_image_patches", "prefix_space", "picture_size")
-            }
-            super().setUpClass()
+            checkpoint = Path(folder) / "checkpoint"
+            export(sources_of(GOLDEN / cls.checkpoint), checkpoint)
+            processor = HealthGPTProcessor.from_pretrained(checkpoint)
+        cls.settings = {name: getattr(processor, name) for name in SETTINGS}
+        return processor
 
     @classmethod
     def prepare_processor_dict(cls):

@@ -114,7 +114,6 @@ class CommonTests(test_modeling_common.ModelTesterMixin, TrainingTesterMixin):
     _is_composite = True
     training_overfit_steps = 60
     training_overfit_learning_rate = 5e-3
-    model_tester = None
 
     def setUp(self):
         self.model_tester = HealthGPTTester(self.family, self.task)

@@ -17,7 +17,6 @@ SETTINGS = ("tasks", "num_image_patches", "prefix_space", "picture_size")
 
 class CommonTests(ProcessorTesterMixin):
     processor_class = HealthGPTProcessor
-    checkpoint = None
 
     @classmethod
     def _setup_from_components(cls):

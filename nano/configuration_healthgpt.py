@@ -216,6 +216,12 @@ class HealthGPTConfig(PreTrainedConfig):
         """Codes that make one drawn picture."""
         return self.vqgan_config.grid_size**2
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # A processor's `num_image_patches` gets here through AutoTokenizer; in the configuration it follows from the rest.
+        kwargs.pop("num_image_patches", None)
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self):
         output = super().to_dict()
         output["tasks"] = {name: asdict(task) for name, task in self.tasks.items()}

@@ -165,6 +165,9 @@ class HealthGPTProcessor(ProcessorMixin):
                 "were given for them."
             )
 
+    def to_dict(self):
+        return super().to_dict() | {"auto_map": {"AutoProcessor": "processing_healthgpt.HealthGPTProcessor"}}
+
     def _pixel_values(self, images, options):
         """What the vision tower reads of each image; one at a time, so that only one is in memory in its own size."""
         options, stock = {**options, "return_tensors": None}, self.image_processor

@@ -19,6 +19,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 SETTINGS += ("tokenizer_config.json", "tokenizer.json", INDEX_NAME, "pytorch_model.bin.index.json")
 TEMPLATES = "additional_chat_templates"
+ADAPTER = "adapter_config.json"  # of PEFT
 POINTER = b"version https://git-lfs"
 
 
@@ -96,10 +97,14 @@ def require_loadable(folder: Path) -> None:
     Checks a checkpoint before transformers opens it: every file that it leads to is in its folder, and is the file itself.
 
     Raises:
-        CheckpointError: if a link or a name leads out of the folder, settings or templates cannot be read, or a file is only
-            git-lfs's pointer to it.
+        CheckpointError: if a link, a name or an adapter's settings lead out of the folder, settings or templates cannot be read,
+            or a file is only git-lfs's pointer to it.
     """
     require_confined(folder)
+    if os.path.lexists(folder / ADAPTER):
+        raise CheckpointError(
+            f"{folder} has a file {ADAPTER}, for which transformers loads another model in its place: take it out."
+        )
     if os.path.isdir(folder / TEMPLATES):
         require_confined(folder / TEMPLATES)
     with reading(folder):

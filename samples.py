@@ -16,8 +16,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .conversations import reserved_token
 from .errors_healthgpt import HealthGPTError
+from .images_healthgpt import load_picture
 from .medical import open_picture
-from .processing_healthgpt import load_picture
 
 FIELDS = ("task", "instruction", "response", "input_image", "target_image", "target_codes", "group")
 FEATURES = Features(

@@ -132,8 +132,8 @@ def ask_folder(
     model, processor, folder: Path, table: AnswerTable, frame, batch_size: int, options: dict
 ) -> dict[str, str]:
     """Adds the answers about a folder's pictures to the table, those that it lacks; returns the files left out, and why."""
+    from ..images_healthgpt import load_picture
     from ..medical import open_picture
-    from ..processing_healthgpt import load_picture
 
     question = table.settings["question"]
     files, left_out = find_files(folder)

@@ -13,10 +13,10 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from ..errors_healthgpt import HealthGPTError
+from ..images_healthgpt import load_picture
 from ..medical import open_picture
 from ..phantoms.demo import ASKED
 from ..phantoms.samples import INSTRUCTIONS, comprehension_sample, drawing_sample
-from ..processing_healthgpt import load_picture
 from ..refusals import memory
 from .guard import Guard, NamelessParser, Page
 from .runner import Runner

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from ..conversations import answer_batch
 from ..errors_healthgpt import HealthGPTError
-from ..processing_healthgpt import load_picture
+from ..images_healthgpt import load_picture
 from .benchmarks import Item
 from .records import Records
 from .scoring import chosen_option, is_right, recall

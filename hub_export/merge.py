@@ -65,6 +65,7 @@ HUB_FILES = (
     "configuration_healthgpt.py",
     "errors_healthgpt.py",
     "generation_healthgpt.py",
+    "images_healthgpt.py",
     "modeling_healthgpt.py",
     "pipeline_healthgpt.py",
     "precision_healthgpt.py",

@@ -17,7 +17,7 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, get_decoder, pixel_array
 
 from ..errors_healthgpt import HealthGPTError
-from ..processing_healthgpt import MAX_PIXELS_VARIABLE, check_pixels, max_pixels
+from ..images_healthgpt import MAX_PIXELS_VARIABLE, check_pixels, max_pixels
 from .greys import in_strips, strips, to_greys, value_range
 
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")

@@ -14,7 +14,7 @@ from nibabel.spatialimages import HeaderDataError
 from PIL import Image
 
 from ..errors_healthgpt import HealthGPTError
-from ..processing_healthgpt import check_pixels
+from ..images_healthgpt import check_pixels
 from .greys import in_strips, to_greys, value_range
 
 MAX_EXTENSIONS = 2**24  # bytes before the voxels

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors_healthgpt import HealthGPTError
-from ..processing_healthgpt import fit, load_picture, max_pixels, reason_of
+from ..images_healthgpt import fit, load_picture, max_pixels, reason_of
 from ..refusals import extras
 from .greys import in_strips, strips, to_greys, value_range
 

@@ -2,28 +2,18 @@
 # Licensed under the Apache License, Version 2.0 (see the file LICENSE).
 """Processor of HealthGPT: pictures and chat to tensors, tensors to text or pictures."""
 
-import base64
-import binascii
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
-from contextlib import contextmanager
-from io import BytesIO
-from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname, urlopen
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import infer_channel_dimension_format, to_numpy_array
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from .configuration_healthgpt import task_from_mode
 from .errors_healthgpt import HealthGPTError
+from .images_healthgpt import channels_last, check_pixels, check_size, flatten, is_floats, load_picture, reading
 
 try:
     from transformers import CLIPImageProcessorPil
@@ -31,15 +21,8 @@ except ImportError:  # transformers before 5.4, whose CLIPImageProcessor is the 
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 
-MAX_PIXELS = 2**26  # of one image, by default: 8192 x 8192
-MAX_PIXELS_VARIABLE = "HEALTHGPT_MAX_IMAGE_PIXELS"
 # Not what a user wrote: transformers (`sanitize_control_tokens`, since 5.23) puts this character before a token in a user's text.
 PLACEHOLDER = re.compile("(?<!\U000f0000)<image>")
-ACCEPTED = (
-    "an image is a PIL image, an array or tensor of two dimensions or of three with 1, 3 or 4 channels (more of them at once have "
-    "four dimensions), a path, an address (file, http, https or data), base64 text, bytes, a binary file, or a dictionary with "
-    "'bytes' or 'path'"
-)
 # `<image>` of a user's text, which is no placeholder: the tokenizer takes the noncharacter out again. Chat templates do the same.
 IMAGE_AS_TEXT = "<\ufdd0image>"
 
@@ -123,7 +106,7 @@ class HealthGPTProcessor(ProcessorMixin):
             text_kwargs.pop(name, merged.get(name, False))  # an option of the text before transformers 5.23
             for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
         )
-        pixel_values = self._pixel_values(_flatten(images), merged["images_kwargs"])
+        pixel_values = self._pixel_values(flatten(images), merged["images_kwargs"])
         self._check_placeholders(prompts, images)
 
         replacements = [self.replace_image_token({}, index) for index in range(len(pixel_values))]
@@ -153,15 +136,15 @@ class HealthGPTProcessor(ProcessorMixin):
     def _check_placeholders(self, prompts, images):
         """Refuses images that are not as many as the prompts have places for them."""
         placeholders = [len(PLACEHOLDER.findall(prompt)) for prompt in prompts]
-        given = len(_flatten(images))
+        given = len(flatten(images))
         if sum(placeholders) != given:
             raise HealthGPTError(
                 f"The prompts have {sum(placeholders)} {self.image_token} but {given} pictures were given."
             )
         is_nested = isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images)
-        if is_nested and placeholders != [len(_flatten(item)) for item in images]:
+        if is_nested and placeholders != [len(flatten(item)) for item in images]:
             raise HealthGPTError(
-                f"The prompts have {placeholders} {self.image_token} but {[len(_flatten(item)) for item in images]} pictures "
+                f"The prompts have {placeholders} {self.image_token} but {[len(flatten(item)) for item in images]} pictures "
                 "were given for them."
             )
 
@@ -179,13 +162,13 @@ class HealthGPTProcessor(ProcessorMixin):
         side = stock.size.get("shortest_edge") if resizes else None
         values = []
         for image in images:
-            if rescales or not _is_floats(image):
+            if rescales or not is_floats(image):
                 square = self._pad_to_square(load_picture(image, self.image_size, layout))
                 square = square.resize((side, side), stock.resample) if side else square
                 values += stock([square], **options)["pixel_values"]
             else:  # floats that are to stay what they are, which no image of 8 bits can hold
-                with _reading(image):
-                    square = self._pad_floats(_channels_last(image, layout))
+                with reading(image):
+                    square = self._pad_floats(channels_last(image, layout))
                     values += stock([square], input_data_format="channels_last", **options)["pixel_values"]
         return values
 
@@ -310,14 +293,14 @@ class HealthGPTProcessor(ProcessorMixin):
         """Centres floats `(height, width, 3)` from 0 to 1 on a square of CLIP's mean colour."""
         height, width = array.shape[:2]
         check_pixels(width, height)
-        _check_size(width, height, self.image_size)
+        check_size(width, height, self.image_size)
         side = max(height, width)
         check_pixels(side, side, "The image, padded to a square,")
-        square = np.empty((side, side, 3), array.dtype)
-        square[:] = np.array(self._colour) / 255
+        pixels = torch.from_numpy(array.copy())
+        square = (torch.tensor(self._colour) / 255).to(pixels).expand(side, side, 3).clone()
         top, left = (side - height) // 2, (side - width) // 2
-        square[top : top + height, left : left + width] = array
-        return square
+        square[top : top + height, left : left + width] = pixels
+        return square.numpy()
 
     @property
     def _colour(self):
@@ -340,11 +323,11 @@ class HealthGPTProcessor(ProcessorMixin):
             raise HealthGPTError(
                 "This checkpoint has no VQGAN: it was exported without one and cannot handle image codes."
             )
-        if not _flatten(images):
+        if not flatten(images):
             raise HealthGPTError("There is no picture to prepare: the list is empty.")
         size = (self.picture_size, self.picture_size)
         pictures = [
-            load_picture(image, self.image_size).resize(size, Image.Resampling.LANCZOS) for image in _flatten(images)
+            load_picture(image, self.image_size).resize(size, Image.Resampling.LANCZOS) for image in flatten(images)
         ]
         pixels = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) for picture in pictures]
         return torch.stack(pixels).view(-1, *size, 3).permute(0, 3, 1, 2) / 255 * 2 - 1
@@ -372,191 +355,6 @@ class HealthGPTProcessor(ProcessorMixin):
         levels = (generated_outputs.float().clamp(-1, 1) + 1) / 2 * 255
         pixels = levels.to(torch.uint8).permute(0, 2, 3, 1)  # truncated, as published
         return [Image.fromarray(picture.numpy()) for picture in pixels.cpu()]
-
-
-def max_pixels() -> int:
-    """
-    The most pixels that an image may have: `MAX_PIXELS`, or what the environment variable `HEALTHGPT_MAX_IMAGE_PIXELS` says. Pillow's
-    own limit, `PIL.Image.MAX_IMAGE_PIXELS`, is raised with the variable.
-
-    Raises:
-        HealthGPTError: if the variable is no number of pixels.
-    """
-    text = os.environ.get(MAX_PIXELS_VARIABLE)
-    if text is None:
-        return MAX_PIXELS
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise HealthGPTError(f"{MAX_PIXELS_VARIABLE} is a number of pixels of at least 1, got {text[:200]!r}.")
-    if Image.MAX_IMAGE_PIXELS is not None:
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, int(text))
-    return int(text)
-
-
-def check_pixels(width: int, height: int, what: str = "it") -> None:
-    """
-    Refuses an image that would take too much memory.
-
-    Raises:
-        HealthGPTError: if it has more than `max_pixels()` pixels; the sentence begins with `what`.
-    """
-    if width * height > max_pixels():
-        raise HealthGPTError(
-            f"{what} has {width} x {height} pixels, and more than {max_pixels()} are not taken unless the environment variable "
-            f"{MAX_PIXELS_VARIABLE} is set to a higher number."
-        )
-
-
-def open_image(file) -> Image.Image:
-    """
-    Opens a file of a format that Pillow knows, for `load`, small enough to be read: see [`fit`].
-
-    Args:
-        file (`str`, `Path` or binary file): What `PIL.Image.open` takes.
-
-    Raises:
-        HealthGPTError: if the image has too many pixels.
-        Exception: What Pillow's readers raise, of a dozen types.
-    """
-    max_pixels()  # raises Pillow's limit
-    return fit(Image.open(file))
-
-
-def fit(picture: Image.Image) -> Image.Image:
-    """
-    Has an open file that is not read yet read at a size of at most `max_pixels()`: a JPEG that is larger at a half, a quarter or an
-    eighth of its height and width, the largest that fits. Only progressive ones cannot be read in part.
-
-    Raises:
-        HealthGPTError: if the image has too many pixels nevertheless.
-    """
-    limit, (width, height) = max_pixels(), picture.size
-    if width * height > limit and picture.format == "JPEG" and not picture.info.get("progressive"):
-        fitting = [part for part in (2, 4, 8) if -(-width // part) * -(-height // part) <= limit]
-        if fitting:
-            picture.draft(picture.mode, (width // fitting[0], height // fitting[0]))
-    check_pixels(*picture.size)
-    return picture
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of what a reader of images says, without a full stop."""
-    reason = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
-    if isinstance(error, Image.DecompressionBombError):
-        reason += f"; the environment variable {MAX_PIXELS_VARIABLE} raises that limit"
-    return reason
-
-
-def load_picture(image, image_size: int | None = None, input_data_format=None) -> Image.Image:
-    """
-    Reads an image of any kind as 8-bit RGB.
-
-    Alpha is dropped as in the published scripts, palettes are resolved, and 16-bit greys keep their upper 8 bits. Floats go from 0
-    to 1, or are whole numbers from 0 to 255.
-
-    Args:
-        image: PIL image, array or tensor (two dimensions, or three with 1, 3 or 4 channels), path, URL (also `file:` and `data:`),
-            base64 text, bytes, binary file, or `{"bytes": ..., "path": ...}` as the `datasets` library has it.
-        image_size (`int`, *optional*): Pixels per side that the vision tower sees, which limits how narrow an image may be;
-            by default it may be of any shape.
-        input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, of an array or tensor; by default told from
-            its shape.
-
-    Raises:
-        HealthGPTError: if it is no image, is empty, has too many pixels, or has a side that would vanish.
-    """
-    image = _open_picture(image, input_data_format)
-    _check_size(*image.size, image_size)
-    if image.mode in ("I", "F"):
-        return _rescale_grey(image)
-    if image.mode.startswith("I;16"):
-        return _rescale_grey(image.convert("I"))
-    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha, from which Pillow finds no way to RGB
-        image = image.convert(image.mode.upper())
-    return image if type(image) is Image.Image and image.mode == "RGB" else image.convert("RGB")
-
-
-def _check_size(width, height, image_size):
-    if width == 0 or height == 0:
-        raise HealthGPTError(f"The picture is empty: it has {width} x {height} pixels.")
-    if image_size is not None and max(width, height) > image_size * min(width, height):
-        raise HealthGPTError(
-            f"The picture is too narrow: of its {width} x {height} pixels the shorter side would vanish when the longer "
-            f"one is brought to {image_size}."
-        )
-
-
-def _open_picture(image, input_data_format):
-    """A PIL image, read whole, of whatever `load_picture` takes."""
-    if isinstance(image, Mapping) and not {"bytes", "path"}.isdisjoint(image):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    with _reading(image):
-        if isinstance(image, (str, Path)):
-            picture = open_image(_file_of(str(image)))
-        elif isinstance(image, (bytes, bytearray, memoryview)):
-            picture = open_image(BytesIO(image))
-        elif isinstance(image, Image.Image):
-            picture = image
-        elif hasattr(image, "read"):
-            picture = open_image(image)
-        elif isinstance(image, (np.ndarray, torch.Tensor)):
-            picture = _from_array(image, input_data_format)
-        else:
-            raise HealthGPTError(ACCEPTED)
-        check_pixels(*picture.size)
-        picture.load()
-        return picture
-
-
-@contextmanager
-def _reading(image):
-    """What goes wrong meanwhile becomes one sentence about the image."""
-    try:
-        yield
-    except Exception as error:  # Pillow's readers and urllib raise a dozen types for what they cannot read
-        is_name = isinstance(image, (str, Path))
-        reason = reason_of(error)
-        name = repr(str(image)[:200]) if is_name else f"An object of type {type(image).__name__}"
-        if isinstance(error, (binascii.Error, UnidentifiedImageError)):
-            reason = "it is no file, URL or base64 data of a picture format that Pillow knows"
-        raise HealthGPTError(f"{name} is not a picture that can be read: {reason}.") from error
-
-
-def _file_of(name):
-    """What `open_image` reads for a path, URL or base64 string: not transformers' `load_image`, which clips 16 bits to 8."""
-    if name.startswith("file:"):
-        return url2pathname(urlsplit(name).path)
-    if name.startswith(("http://", "https://", "data:")):
-        with urlopen(name, timeout=60) as response:
-            return BytesIO(response.read())
-    return name if os.path.isfile(name) else BytesIO(base64.b64decode(name, validate=True))
-
-
-def _is_floats(image):
-    is_tensor = isinstance(image, torch.Tensor)
-    return image.is_floating_point() if is_tensor else isinstance(image, np.ndarray) and image.dtype.kind == "f"
-
-
-def _channels_last(image, input_data_format):
-    """An array or tensor as an array `(height, width, channels)` of 1 or 3 channels."""
-    if isinstance(image, torch.Tensor):
-        image = image.detach()
-        image = to_numpy_array(image.float() if image.is_floating_point() else image)  # NumPy has no bfloat16
-    if image.ndim == 2:
-        return image[..., None]
-    if image.ndim != 3 or not {image.shape[0], image.shape[-1]} & {1, 3, 4}:
-        raise HealthGPTError(f"its shape is {tuple(image.shape)}; {ACCEPTED}")
-    counts = 4 if image.shape[-1] == 4 or not {image.shape[0], image.shape[-1]} & {1, 3} else (1, 3)
-    layout = input_data_format or infer_channel_dimension_format(image, num_channels=counts)
-    image = np.moveaxis(image, 0, -1) if layout == "channels_first" else image
-    return image[..., :3]
-
-
-def _from_array(image, input_data_format):
-    array = _channels_last(image, input_data_format)
-    check_pixels(array.shape[1], array.shape[0])
-    if array.shape[-1] == 1 and array.dtype in (np.uint8, np.uint16, np.int32, np.bool_):
-        return Image.fromarray(np.ascontiguousarray(array[..., 0]))  # also of 16 bits
-    return to_pil_image(array, input_data_format="channels_last")
 
 
 def _plain(value):
@@ -604,25 +402,6 @@ def _before_edits(offsets, edits):
         return position - gained
 
     return [(before(start, False), before(end, True)) for start, end in offsets]
-
-
-def _rescale_grey(image):
-    """A picture of 16-bit greys, which Pillow keeps as 32-bit integers, as RGB."""
-    low, high = image.getextrema()
-    if image.mode == "F" or low < 0 or high > 65535:
-        raise HealthGPTError(
-            f"The picture's values go from {low} to {high} in Pillow mode {image.mode}; scale them to 8 or 16 bits first."
-        )
-    return image.point(lambda value: value * (1 / 256) + 0).convert("L").convert("RGB")
-
-
-def _flatten(images):
-    if images is None:
-        return []
-    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
-    if is_batch or isinstance(images, (list, tuple)):
-        return [picture for item in images for picture in _flatten(item)]
-    return [images]
 
 
 __all__ = ["HealthGPTProcessor"]

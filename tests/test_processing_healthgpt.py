@@ -18,7 +18,7 @@ from transformers.decision import DecisionConfig
 from healthgpt import HealthGPTProcessor
 from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.hub_export.families import FAMILIES, add_image_placeholder, add_image_tokens, build_tokenizer
-from healthgpt.processing_healthgpt import load_picture
+from healthgpt.images_healthgpt import load_picture
 
 PHI3 = Path(__file__).parent.parent.parent / "shared" / "golden" / "phi3_tokenization"
 
@@ -360,6 +360,11 @@ def test_a_limit_on_pixels_that_can_be_raised(processor, tmp_path, monkeypatch):
         load_picture(images[0])
     monkeypatch.setenv("HEALTHGPT_MAX_IMAGE_PIXELS", "3600")
     assert load_picture(images[0]).size == (60, 50)
+    address = f"data:image/png;base64,{base64.b64encode(images[1] + bytes(8 * 3600)).decode()}"
+    with pytest.raises(HealthGPTError, match=f"more than {8 * 3600} bytes, .*HEALTHGPT_MAX_IMAGE_PIXELS"):
+        load_picture(address)
+    monkeypatch.setenv("HEALTHGPT_MAX_IMAGE_PIXELS", "5000")
+    assert load_picture(address).size == (60, 50)
     for value in ("many", "0", "-5", "1e9", ""):
         monkeypatch.setenv("HEALTHGPT_MAX_IMAGE_PIXELS", value)
         with pytest.raises(ValueError, match="HEALTHGPT_MAX_IMAGE_PIXELS is a number of pixels"):

@@ -146,7 +146,7 @@ def test_settings_that_lead_out_of_the_folder(folder, tmp_path, file, setting):
 def test_an_adapter_that_names_another_model(folder, tmp_path):
     settings = {"base_model_name_or_path": str(tmp_path / "outside"), "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(HealthGPTError, match="adapter_config.json"):
+    with pytest.raises(HealthGPTError, match=r"adapter_config\.json"):
         load(str(folder), "cpu", None)
 
 

@@ -6,8 +6,8 @@ from conftest import GOLDEN
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from healthgpt.images_healthgpt import load_picture
 from healthgpt.medical import count_frames, open_picture
-from healthgpt.processing_healthgpt import load_picture
 
 MODES = {"1": "png", "L": "png", "LA": "png", "P": "gif", "RGB": "png", "RGBA": "png", "CMYK": "tiff", "YCbCr": "jpg"}
 MODES |= {"RGBX": "tiff", "LAB": "tiff", "I;16": "png"}

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from importlib.metadata import version
 from typing import Annotated
 
@@ -111,6 +112,9 @@ def main() -> None:
     """Entry point: errors that a user can act on are one sentence, not a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every step that it multiplies in 8 bits
+    warnings.filterwarnings(
+        "ignore", message="Image size .* exceeds limit"
+    )  # Pillow's, of what is refused here in a sentence
     options = {}  # filled by `common`
     try:
         app(obj=options)

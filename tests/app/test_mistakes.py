@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from conftest import GOLDEN, full_disk
+from PIL import Image
 
 from healthgpt.app.cli import main
 from healthgpt.app.common import NANO, split_arguments
@@ -321,3 +322,12 @@ def test_where_no_system_tells_the_memory_that_is_said(ends, monkeypatch, tmp_pa
     monkeypatch.setattr("healthgpt.benchmarks.memory.STATUS", tmp_path / "proc/self/status")
     code, printed, said = ends("bench", "-c", "nano", "--precisions", "float32")
     assert (code, printed) == (1, "") and str(tmp_path / "proc/self/status") in said
+
+
+def test_an_image_that_is_too_large_is_one_sentence_and_no_warning(healthgpt, tmp_path):
+    """Of a size of which Pillow warns and does not refuse it."""
+    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")
+    result = healthgpt("ask", tmp_path / "large.png", "What is this?")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "9500 x 9500" in result.stderr and "HEALTHGPT_MAX_IMAGE_PIXELS" in result.stderr

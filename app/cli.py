@@ -112,9 +112,8 @@ def main() -> None:
     """Entry point: errors that a user can act on are one sentence, not a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every step that it multiplies in 8 bits
-    warnings.filterwarnings(
-        "ignore", message="Image size .* exceeds limit"
-    )  # Pillow's, of what is refused here in a sentence
+    # Pillow's, of images that are refused here in a sentence.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     options = {}  # filled by `common`
     try:
         app(obj=options)

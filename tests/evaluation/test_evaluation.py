@@ -41,7 +41,7 @@ def test_batches_give_the_golden_answers_and_a_killed_run_goes_on(m3, tmp_path, 
         pictures = [GOLDEN / f"images/{name}.png" for name in ([names] if isinstance(names, str) else names)]
         items.append(Item(case["name"], case["question"], "yes", "closed", partial(list, pictures)))
     broken = Item("broken", "What?", "yes", "closed", lambda: [{"bytes": b""}])
-    with pytest.raises(ValueError, match="Question broken: An object of type dict is not a picture"):
+    with pytest.raises(ValueError, match="Question broken: An object of type bytes is not a picture"):
         answer_items(model, processor, [broken], Records(tmp_path / "broken", {}))
     with pytest.raises(ValueError, match=f"Several questions have the name '{items[0].name}'"):
         answer_items(model, processor, [*items, items[0]], Records(tmp_path / "twice", {}))

@@ -144,7 +144,7 @@ def build_parts(work: Path, scale: float, log: Log) -> None:
     """The frozen parts, the samples, and the checkpoint that training starts from."""
     count = max(round(12000 * scale), 600)
     for name, make in (
-        ("base", lambda folder: build_base(folder, log, share(750, scale), share(1500, scale))),
+        ("base", lambda folder: build_base(folder, log, share(750, scale), share(1500, scale), count // 2)),
         ("vision", lambda folder: build_vision(folder, log, share(4000, scale), count)),
         ("vqgan", lambda folder: build_vqgan(folder, log, share(1300, scale), count)),
         ("data", lambda folder: write_data(folder, scale)),

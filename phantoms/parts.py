@@ -206,12 +206,12 @@ def build_vision(folder: Path, log: Log, steps: int, count: int) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-def build_base(folder: Path, log: Log, question_steps: int, steps: int) -> None:
+def build_base(folder: Path, log: Log, question_steps: int, steps: int, count: int) -> None:
     """Trains the language model on reports with questions, then also on repeating what stands in the prompt."""
     torch.manual_seed(2)
     folder.mkdir(parents=True)
     # Whether the finding asked for is the one reported is learned last: half of the questions are only about that.
-    texts = [comprehension_sample("train", number, "closed" if number % 2 else None) for number in range(6000)]
+    texts = [comprehension_sample("train", number, "closed" if number % 2 else None) for number in range(count)]
     spoken = sorted({text for s in texts for text in (s["report"], s["instruction"], s["response"])})
     orders = [text.format(report="") for text in INSTRUCTIONS.values()]
     questions = [text.format(finding="") for texts in QUESTIONS.values() for text in texts]

@@ -5,16 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import GOLDEN, sources_of, weights_of
 from hub_server import TOKEN, serve, sha_of
 from huggingface_hub import ModelCard
+from warm import programs
 
 from healthgpt.hub_export import export
 
-TESTS = Path(__file__).parent.parent
+MAIN = "from healthgpt.app.cli import main; main()"
 PUSH = """
 import sys
 from pathlib import Path
@@ -43,34 +43,59 @@ print(getattr(sys.modules[type(model).__module__], "MARK", "unchanged"))
 """
 
 
-@pytest.fixture
-def hub():
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """A server, and programs that start at once and know no other Hub."""
+    folder = tmp_path_factory.mktemp("hub")
     with serve() as server:
-        yield server
+        server.folder, server.home = folder, folder / "home"
+        server.environment = {
+            **os.environ,
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(server.home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": TOKEN,
+        }
+        with programs(folder, server.environment):
+            yield server
 
 
-def python(hub, home, script, *arguments, offline=False, token=TOKEN):
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": token,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "HF_HUB_OFFLINE": "1" if offline else "0",
-    }
+@pytest.fixture
+def hub(running):
+    """The server as new, and an empty cache."""
+    shutil.rmtree(running.home, ignore_errors=True)
+    running.home.mkdir()
+    for state in (running.repositories, running.blobs, running.faults, running.requests, running.ranges):
+        state.clear()
+    return running
+
+
+def python(hub, folder, script, *arguments):
+    """Runs a script in a folder."""
+    (hub.folder / "script.py").write_text(script)
+    return run(hub, folder, hub.folder / "python", hub.folder / "script.py", *arguments)
+
+
+def alone(hub, folder, script, *arguments, offline=False):
+    """Runs a script in a process of its own, which has imported nothing before, or without a network."""
+    return run(hub, folder, sys.executable, "-c", script, *arguments, HF_HUB_OFFLINE=str(int(offline)))
+
+
+def healthgpt(hub, folder, *arguments):
+    """Runs a command in a folder."""
+    return run(hub, folder, hub.folder / "healthgpt", *arguments)
+
+
+def run(hub, folder, *command, **environment):
     return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env=environment,
+        list(map(str, command)),
+        env=hub.environment | environment,
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=home,
+        cwd=folder,
     )
-
-
-def main(*arguments):
-    return "from healthgpt.app.cli import main; main()", *arguments
 
 
 def put(hub, name, folder):
@@ -118,7 +143,7 @@ def test_push_load_by_revision_update_code_and_go_offline(hub, tmp_path, checkpo
     assert all(content[name] == (folder / name).read_bytes() for name in expected)
 
     [first] = repository["shas"]
-    answered = python(hub, tmp_path, ANSWER, first, GOLDEN)
+    answered = alone(hub, tmp_path, ANSWER, first, GOLDEN)
     assert answered.returncode == 0, answered.stderr
     assert answered.stdout.strip() == "unchanged"
 
@@ -128,10 +153,10 @@ def test_push_load_by_revision_update_code_and_go_offline(hub, tmp_path, checkpo
     assert python(hub, tmp_path, PUSH, folder).returncode == 0
     assert len([path for method, path in hub.requests if method == "PUT"]) == sent  # no weight was sent again
     for revision, mark in ((first, "unchanged"), ("main", "updated")):
-        answered = python(hub, tmp_path, ANSWER, revision, GOLDEN)
+        answered = alone(hub, tmp_path, ANSWER, revision, GOLDEN)
         assert answered.stdout.strip() == mark, answered.stderr
     hub.faults[""] = [500] * 1000  # from here on nobody answers
-    answered = python(hub, tmp_path, ANSWER, "main", GOLDEN, offline=True)
+    answered = alone(hub, tmp_path, ANSWER, "main", GOLDEN, offline=True)
     assert answered.stdout.strip() == "updated", answered.stderr
 
 
@@ -182,7 +207,7 @@ def test_a_broken_upload_goes_on(hub, tmp_path, checkpoints, fault):
 def test_sources_by_their_names_on_the_hub(hub, tmp_path):
     arguments = m3_on_the_hub(hub)
     hub.faults["GET /tiny/base/resolve"] = ["cut"]  # a dropped download goes on
-    exported = python(hub, tmp_path, *main(*arguments, "--num-codes", 64))
+    exported = healthgpt(hub, tmp_path, *arguments, "--num-codes", 64)
     assert exported.returncode == 0, exported.stderr
     assert weights_of(tmp_path / "out").keys()
     record = json.loads((tmp_path / "out/healthgpt_export.json").read_text())
@@ -194,28 +219,28 @@ def test_sources_by_their_names_on_the_hub(hub, tmp_path):
     assert asked and not any("pytorch_model" in path or "tokenizer.json" in path for path in asked)
 
     shutil.rmtree(tmp_path / "out")
-    again = python(hub, tmp_path, *main(*arguments, "--num-codes", 64), offline=True)
+    again = alone(hub, tmp_path, MAIN, *arguments, "--num-codes", 64, offline=True)
     assert again.returncode == 0, again.stderr
 
 
 def test_a_dry_run_reads_only_the_headers_of_safetensors(hub, tmp_path):
     arguments = m3_on_the_hub(hub)
-    dry = python(hub, tmp_path, *main(*arguments, "--dry-run"))
+    dry = healthgpt(hub, tmp_path, *arguments, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     m3 = GOLDEN / "m3"
     places = {"tiny/base@old": m3 / "base", "tiny/vision": m3 / "vit"}
     places["hf://tiny/plugins/com_hlora_weights.bin"] = m3 / "com_hlora_weights.bin"
     local = [places.get(argument, argument) for argument in arguments]
-    assert dry.stdout == python(hub, tmp_path, *main(*local, "--dry-run")).stdout
+    assert dry.stdout == healthgpt(hub, tmp_path, *local, "--dry-run").stdout
     assert dry.stdout.endswith("The checkpoint answers questions about medical pictures.\n")
     spans = [asked.removeprefix("bytes=").split("-") for path, asked in hub.ranges]
     assert hub.ranges and all(int(stop) - int(start) < 150_000 for start, stop in spans)  # of 529 and 205 kB
-    assert not list((tmp_path / "hub").rglob("model.safetensors")) and not (tmp_path / "out").exists()
+    assert not list((hub.home / "hub").rglob("model.safetensors")) and not (tmp_path / "out").exists()
 
-    refused = python(hub, tmp_path, *main(*arguments, "--dry-run", "--quantize", "2bit"))
+    refused = healthgpt(hub, tmp_path, *arguments, "--dry-run", "--quantize", "2bit")
     assert refused.returncode == 1 and "no quantisation '2bit'" in refused.stderr
-    assert python(hub, tmp_path, *main(*arguments)).returncode == 0
-    again = python(hub, tmp_path, *main(*arguments, "--dry-run", "--quantize", "8bit"), offline=True)
+    assert healthgpt(hub, tmp_path, *arguments).returncode == 0
+    again = alone(hub, tmp_path, MAIN, *arguments, "--dry-run", "--quantize", "8bit", offline=True)
     assert again.returncode == 0 and "GB once the linears are quantised to 8bit" in again.stdout, again.stderr
 
 
@@ -226,7 +251,7 @@ def test_a_preset_asks_for_the_published_files(hub, tmp_path):
         put(hub, name, folder)
     vqgan = ["--vqgan", m3 / "vqgan/last.ckpt", "--vqgan-config", m3 / "vqgan/model.yaml"]
     for more in ([], ["--dry-run"]):
-        refused = python(hub, tmp_path, *main("export", "--preset", "m3", *vqgan, "--output", "out", *more))
+        refused = healthgpt(hub, tmp_path, "export", "--preset", "m3", *vqgan, "--output", "out", *more)
         assert refused.returncode == 1, refused.stdout
         assert "The files are not those of HealthGPT-M3, whose language model has 32 layers" in refused.stderr
     got = {path.split("/resolve/")[0] + " " + path.split("/")[-1] for _, path in hub.requests if "/resolve/" in path}
@@ -238,13 +263,13 @@ def test_a_preset_asks_for_the_published_files(hub, tmp_path):
 
 def test_a_download_that_is_not_what_the_hub_promised(hub, tmp_path):
     arguments = m3_on_the_hub(hub)
-    assert python(hub, tmp_path, *main(*arguments)).returncode == 0
+    assert healthgpt(hub, tmp_path, *arguments).returncode == 0
     shutil.rmtree(tmp_path / "out")
-    [path] = (tmp_path / "hub/models--tiny--base/snapshots").glob("*/model.safetensors")
+    [path] = (hub.home / "hub/models--tiny--base/snapshots").glob("*/model.safetensors")
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.resolve().write_bytes(data)
-    refused = python(hub, tmp_path, *main(*arguments), offline=True)
+    refused = alone(hub, tmp_path, MAIN, *arguments, offline=True)
     assert refused.returncode == 1 and "is damaged: its SHA-256 is" in refused.stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
@@ -266,7 +291,7 @@ def test_names_that_lead_nowhere(hub, tmp_path, change, message):
     arguments = m3_on_the_hub(hub)
     for option, value in change.items():
         arguments[arguments.index(option) + 1] = value
-    refused = python(hub, tmp_path, *main(*arguments))
+    refused = healthgpt(hub, tmp_path, *arguments)
     assert refused.returncode == 1 and message in refused.stderr, refused.stderr
     assert "Traceback" not in refused.stderr and not (tmp_path / "out").exists()
 
@@ -274,18 +299,18 @@ def test_names_that_lead_nowhere(hub, tmp_path, change, message):
 def test_a_download_that_the_hub_forbids(hub, tmp_path):
     arguments = m3_on_the_hub(hub)
     hub.faults["HEAD /tiny/plugins/resolve"] = [403] * 9
-    refused = python(hub, tmp_path, *main(*arguments))
+    refused = healthgpt(hub, tmp_path, *arguments)
     assert refused.returncode == 1 and "403" in refused.stderr.splitlines()[-1], refused.stderr
 
 
 def test_export_pushes_when_asked_and_again_without_writing_again(hub, tmp_path):
     arguments = [*m3_on_the_hub(hub), "--num-codes", 64, "--push-to-hub", "user/tiny", "--public"]
     hub.faults["/commit/"] = [409] * 9
-    refused = python(hub, tmp_path, *main(*arguments))
+    refused = healthgpt(hub, tmp_path, *arguments)
     assert refused.returncode == 1 and "repository user/tiny cannot be used" in refused.stderr
     written = (tmp_path / "out/config.json").stat().st_mtime_ns
     hub.faults.clear()
-    pushed = python(hub, tmp_path, *main(*arguments))
+    pushed = healthgpt(hub, tmp_path, *arguments)
     assert pushed.returncode == 0, pushed.stderr
     assert (tmp_path / "out/config.json").stat().st_mtime_ns == written
     assert hub.repositories["user/tiny"]["private"] is False
@@ -298,11 +323,11 @@ def test_another_kind_of_export_takes_the_place_of_the_first(hub, tmp_path, chec
     """A single weight file of the first would be read before the shards of the second."""
     for name, quantize in (("small", "8bit"), ("whole", None)):
         export(sources_of(GOLDEN / "m3"), tmp_path / name, quantize=quantize, skip_forward=True)
-        pushed = python(hub, tmp_path, *main("push", tmp_path / name, "user/tiny"))
+        pushed = healthgpt(hub, tmp_path, "push", tmp_path / name, "user/tiny")
         assert pushed.returncode == 0, pushed.stderr
         assert "user/tiny" in (tmp_path / name / "README.md").read_text()
     assert "model.safetensors" not in hub.repositories["user/tiny"]["revisions"]["main"]
-    answered = python(hub, tmp_path, ANSWER, "main", GOLDEN)
+    answered = alone(hub, tmp_path, ANSWER, "main", GOLDEN)
     assert answered.returncode == 0, answered.stderr
 
 
@@ -310,14 +335,14 @@ def test_what_cannot_be_pushed_is_said_before_anything_is_sent(hub, tmp_path, ch
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoints("m3").folder, folder)
     (folder / "model-plugin_generation-00001-of-00001.safetensors").unlink()
-    refused = python(hub, tmp_path, *main("push", folder, "user/tiny"))
+    refused = healthgpt(hub, tmp_path, "push", folder, "user/tiny")
     assert refused.returncode == 1 and "lacks model-plugin_generation-00001-of-00001.safetensors" in refused.stderr
-    refused = python(hub, tmp_path, *main("push", folder, "no good name!!"))
+    refused = healthgpt(hub, tmp_path, "push", folder, "no good name!!")
     assert refused.returncode == 1 and "'no good name!!' is no name of a repository" in refused.stderr
     arguments = m3_on_the_hub(hub)
-    refused = python(hub, tmp_path, *main(*arguments, "--push-to-hub", "no good name!!"))
+    refused = healthgpt(hub, tmp_path, *arguments, "--push-to-hub", "no good name!!")
     assert refused.returncode == 1 and "is no name of a repository" in refused.stderr
-    refused = python(hub, tmp_path, *main(*arguments, "--public"))
+    refused = healthgpt(hub, tmp_path, *arguments, "--public")
     assert refused.returncode == 1 and "go with --push-to-hub" in refused.stderr
     assert not (tmp_path / "out").exists() and "user/tiny" not in hub.repositories
 
@@ -326,7 +351,7 @@ def test_a_checkpoint_by_its_name_whose_index_leads_out_of_the_cache(hub, tmp_pa
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoints("l14").folder, folder)
     put(hub, "user/tiny", folder)
-    known = python(hub, tmp_path, *main("info", "user/tiny", "--json"))
+    known = healthgpt(hub, tmp_path, "info", "user/tiny", "--json")
     assert known.returncode == 0 and list(json.loads(known.stdout)["tasks"]) == ["comprehension"], known.stderr
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     [first, *_] = index["weight_map"]
@@ -334,6 +359,6 @@ def test_a_checkpoint_by_its_name_whose_index_leads_out_of_the_cache(hub, tmp_pa
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     put(hub, "user/tiny", folder)
     shutil.copy(folder / "model-00001-of-00001.safetensors", tmp_path / "outside.safetensors")
-    refused = python(hub, tmp_path, *main("ask", "-c", "user/tiny", "What?"))
+    refused = healthgpt(hub, tmp_path, "ask", "-c", "user/tiny", "What?")
     assert refused.returncode == 1 and "names the file '../../../../outside.safetensors'" in refused.stderr
     assert not [path for _, path in hub.requests if path.endswith(".safetensors")]

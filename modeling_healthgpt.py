@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import safe_open
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import CONFIG_NAME, TransformersKwargs, cached_file, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_healthgpt import HealthGPTConfig, TaskConfig, task_from_mode
@@ -79,6 +81,8 @@ def route(groups: list[TaskGroup]):
     finally:
         _routing.groups = outer
 
+
+GIT_LFS = b"version https://git-lfs"  # how git-lfs's pointers begin
 
 # The library's own way of giving a cache its new name, from the version on that has one.
 accept_past_key_values = (
@@ -253,6 +257,29 @@ def skipped_by_name(names: list[str]) -> list[str]:
     return [*names, *(f"{name}.base_layer" for name in names)]
 
 
+def require_whole_files(checkpoint: str, **where) -> None:
+    """
+    Finds the file over which the library failed without naming it.
+
+    Args:
+        checkpoint (`str`): Folder or name on the Hub.
+        where: `revision` and `cache_dir`, as in `from_pretrained`.
+
+    Raises:
+        HealthGPTError: if a weight file is damaged, or only git-lfs's pointer to it.
+    """
+    folder = Path(cached_file(checkpoint, CONFIG_NAME, local_files_only=True, **where)).parent
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except Exception as error:  # SafetensorError, of a library that Hub files do not import themselves
+            with open(path, "rb") as file:
+                is_pointer = file.read(len(GIT_LFS)) == GIT_LFS
+            reason = "it is only git-lfs's pointer to the file, which git lfs pull gets" if is_pointer else error
+            raise HealthGPTError(f"{path} cannot be read as safetensors: {reason}.") from error
+
+
 class _WithImageOutputs:
     """What the outputs of the model have beyond those of a language model, as the library's multimodal outputs."""
 
@@ -361,8 +388,8 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
         Loads a checkpoint whole, or not at all.
 
         Raises:
-            HealthGPTError: if the checkpoint lacks a tensor, or has one of another shape or that this model has no place for; or
-                if this processor's 4-bit kernel does not take its sizes.
+            HealthGPTError: if the checkpoint lacks a tensor, or has one of another shape or that this model has no place for; if a
+                weight file is damaged; or if this processor's 4-bit kernel does not take its sizes.
         """
         kwargs["ignore_mismatched_sizes"] = True  # they are refused here, by name
         quantization = kwargs.get("quantization_config")
@@ -373,7 +400,15 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
         elif getattr(quantization, "llm_int8_skip_modules", None) is not None:  # bitsandbytes has another name for it
             kwargs["quantization_config"] = quantization = copy.copy(quantization)
             quantization.llm_int8_skip_modules = skipped_by_name(quantization.llm_int8_skip_modules)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except OSError:  # the library's own, which says what is missing
+            raise
+        except Exception:
+            checkpoint = args[0] if args else kwargs["pretrained_model_name_or_path"]
+            where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
+            require_whole_files(checkpoint, **where)
+            raise
         for problem, keys in (
             ("lacks tensors of the model", info["missing_keys"]),
             ("has tensors that the model has no place for", info["unexpected_keys"]),

@@ -103,7 +103,6 @@ def load_parts(checkpoint: str, device: str | None, dtype: str | None):
         raise HealthGPTError(f"There is no dtype {dtype!r}; choose one of float32, bfloat16, float16.")
     with working("Loading the model"):
         import torch
-        from safetensors import SafetensorError
         from transformers.utils import logging
 
         from .. import HealthGPTForConditionalGeneration, HealthGPTProcessor
@@ -118,17 +117,7 @@ def load_parts(checkpoint: str, device: str | None, dtype: str | None):
     if not Console(stderr=True).is_terminal:
         logging.disable_progress_bar()  # transformers' own, of downloads and weights
     processor = HealthGPTProcessor.from_pretrained(checkpoint)
-    try:
-        model = HealthGPTForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype or "auto")
-    except (SafetensorError, OSError) as error:
-        from ..hub_export.sources import read_directory
-
-        try:
-            if isinstance(error, SafetensorError) or os.path.isdir(checkpoint):  # else it is what the Hub answers
-                read_directory(folder_of(checkpoint))
-        except HealthGPTError as named:
-            raise HealthGPTError(f"The weights of {checkpoint} are damaged: {named}") from error
-        raise
+    model = HealthGPTForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype or "auto")
     return model.to(device), processor
 
 

@@ -1,6 +1,7 @@
 """An exported folder as a stranger uses it: another process, another place, saved again, through the pipelines."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import inputs_of, messages_of, weights_of
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
+from healthgpt import HealthGPTError
 from healthgpt.modeling_healthgpt import HealthGPTModel
 
 
@@ -152,3 +154,15 @@ def test_any_to_any_pipeline_draws_and_answers_without_torchvision(m3):
         else:
             [output] = pipe(text=messages_of(case), max_new_tokens=24, return_full_text=False)
             assert output["generated_text"] == processor.decode(case["generated_ids"], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("damage", ["half", "nothing", "pointer"])
+def test_the_file_over_which_loading_fails_is_named(checkpoints, tmp_path, damage):
+    shutil.copytree(checkpoints("m3").folder, tmp_path / "damaged")
+    file = tmp_path / "damaged/model-plugin_generation-00001-of-00001.safetensors"
+    content = file.read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    file.write_bytes({"half": content[: len(content) // 2], "nothing": b"", "pointer": pointer}[damage])
+    with pytest.raises(HealthGPTError, match=re.escape(str(file))) as error:
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "damaged")
+    assert ("git-lfs" in str(error.value)) == (damage == "pointer")

@@ -301,7 +301,7 @@ def test_a_damaged_or_missing_shard_is_named(folder, tmp_path):
     for damage in (lambda file: os.truncate(file, 1000), lambda file: os.truncate(file, 0), Path.unlink):
         shutil.copytree(folder, tmp_path / "damaged")
         damage(tmp_path / "damaged" / PLUGIN_FILE)
-        with pytest.raises(HealthGPTError, match=rf"The weights of .* are damaged: .*{PLUGIN_FILE}"):
+        with pytest.raises(HealthGPTError, match=PLUGIN_FILE):
             load(str(tmp_path / "damaged"), "cpu", None)
         for call in (
             list_plugins,

@@ -1,8 +1,8 @@
 """
 HealthGPT for the transformers library: answers questions about medical images and draws medical images.
 
-Importing this package registers its classes with transformers' Auto classes: `from_pretrained` and `pipeline` then load
-checkpoints with this package's code, whatever copy of it they carry, and need no `trust_remote_code`.
+Importing this package registers its classes with transformers' Auto classes: `from_pretrained` then loads checkpoints with
+this package's code, whatever copy of it they carry, and needs no `trust_remote_code`.
 """
 
 from importlib import import_module

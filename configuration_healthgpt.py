@@ -5,12 +5,16 @@
 import re
 from dataclasses import asdict, dataclass, fields
 
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from .errors_healthgpt import HealthGPTError
 
 # Raised with every change of the code that travels with checkpoints after which older code cannot load them.
 CODE_VERSION = 1
+
+# Modules are kept by the names of their tasks, among what a ModuleDict has already.
+RESERVED_NAMES = frozenset(dir(nn.ModuleDict()))
 
 AUTO_MAP = {
     "AutoConfig": "configuration_healthgpt.HealthGPTConfig",
@@ -162,6 +166,8 @@ class HealthGPTConfig(PreTrainedConfig):
         code_version=CODE_VERSION,
         **kwargs,
     ):
+        if type(code_version) is not int:
+            raise HealthGPTError(f"A configuration's code_version is a whole number, got {code_version!r:.100}.")
         if code_version > CODE_VERSION:
             raise HealthGPTError(
                 f"The checkpoint was written with version {code_version} of HealthGPT's code, and this is version "
@@ -187,10 +193,12 @@ class HealthGPTConfig(PreTrainedConfig):
             HealthGPTError: if the name is none, or the task does not fit the rest of the configuration.
         """
         for field, value in (("name", name), ("token_tables", task.token_tables)):
-            if value is not None and not re.fullmatch(r"[a-z][a-z0-9_]*", value):
+            if value is not None and not (isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_]*", value)):
                 raise HealthGPTError(
                     f"A task's {field} is made of small letters, digits and underscores, got {value!r:.100}."
                 )
+            if value in RESERVED_NAMES:
+                raise HealthGPTError(f"A task's {field} cannot be {value!r}, which torch's ModuleDict has a use for.")
         if task.kind == "image" and (self.vqgan_config is None or self.image_code_offset is None):
             raise HealthGPTError(
                 f"Task {name!r} draws pictures, but the configuration has no VQGAN or no image codes."

@@ -33,14 +33,14 @@ NANO = str(Path(__file__).parent.parent / "nano")
 
 # What a file's name ends in and a question does not, beside the endings of images that Pillow knows.
 ENDING = re.compile(
-    r"\.(dcm|dicom|ima|nii|gz|mha|mhd|nrrd|mnc|svs|ndpi|heic|svg|raw|npy|npz|mp4|avi|csv|tsv|json|jsonl|parquet|xlsx?|ods|txt|md"
+    r"\.(dcm|dicom|ima|nii|gz|hdr|img|mgz|mha|mhd|nrrd|mnc|svs|ndpi|heic|svg|raw|npy|npz|mp4|avi|csv|tsv|json|jsonl|parquet|xlsx?|ods|txt|md"
     r"|pdf|zip|tar|tgz|7z|html|xml|yaml|safetensors|bin|ckpt|pt|pth|h5|docx?|log)"
 )
 
 
 def own_name(checkpoint: str) -> str:
-    """The small model by its name, `nano`, unless there is a folder of this name where one stands."""
-    return NANO if checkpoint == "nano" and not os.path.isdir(checkpoint) else checkpoint
+    """The small model by its name, `nano`, unless there is a checkpoint of this name where one stands."""
+    return NANO if checkpoint == "nano" and not os.path.isfile("nano/config.json") else checkpoint
 
 
 checkpoint_option = functools.partial(
@@ -215,7 +215,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[Path], str]:
         raise HealthGPTError(
             f"The last argument is the text, but {text!r} is a {kind}: add a question or instruction after it."
         )
-    if looks_like_path(text):
+    if looks_like_path(text.strip()):
         raise HealthGPTError(
             f"There is no file or folder {text!r}, and the last argument, which is the question or instruction, looks like the "
             "name of one; a text that ends in such a name needs a full stop or question mark after it."

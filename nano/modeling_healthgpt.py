@@ -9,6 +9,7 @@ batch runs with is an argument of `forward` and `generate`; nothing of it stays 
 """
 
 import copy
+import json
 import math
 import re
 import threading
@@ -27,6 +28,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import safe_open
 from transformers.processing_utils import Unpack
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import CONFIG_NAME, TransformersKwargs, cached_file, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -252,9 +254,39 @@ def keep_scales(linear: nn.Module) -> None:
     linear.register_state_dict_post_hook(restore)
 
 
-def skipped_by_name(names: list[str]) -> list[str]:
-    """The names of modules that a user leaves unquantised, such as `qkv_proj`, and of the linears that are wrapped here."""
-    return [*names, *(f"{name}.base_layer" for name in names)]
+def keep_unquantized(settings):
+    """
+    A copy of a quantiser's settings that leaves alone what is no linear of the base, and what a user leaves alone by the names
+    that the base gives them, such as `qkv_proj`: its linears are wrapped here.
+    """
+    if isinstance(settings, dict):
+        settings = AutoQuantizationConfig.from_dict(settings)
+    settings = copy.copy(settings)
+    # bitsandbytes has a name of its own for the list, and needs no further names in it: see `UnquantizedLinear`.
+    name, own = "llm_int8_skip_modules", ()
+    if hasattr(settings, "modules_to_not_convert"):
+        name, own = "modules_to_not_convert", UNQUANTIZED_MODULES
+    listed = getattr(settings, name, None) or []
+    if listed or own:
+        setattr(settings, name, [*listed, *(f"{module}.base_layer" for module in listed), *own])
+    return settings
+
+
+def require_own_files(checkpoint: str) -> None:
+    """
+    Raises:
+        HealthGPTError: if the index of a checkpoint's folder names files outside of it, which the library would read.
+    """
+    for index in Path(checkpoint).glob("*.index.json"):  # of a name on the Hub there are none
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise HealthGPTError(f"{index} cannot be used: it has no weight_map of names of files.") from error
+        for name in names:
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+                raise HealthGPTError(
+                    f"{index} names the file {name!r:.100}, but may only name files in its own folder."
+                )
 
 
 def require_whole_files(checkpoint: str, **where) -> None:
@@ -344,12 +376,14 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
         Raises:
             HealthGPTError: if the tables would lose rows of image codes.
         """
-        needed = 0
-        if self.config.vqgan_config is not None and self.config.image_code_offset is not None:
-            needed = self.config.image_code_offset + self.config.vqgan_config.num_codes
-        if new_num_tokens is not None and new_num_tokens < needed:
+        needed = 1
+        if self.config.image_code_offset is not None:
+            vqgan_config = self.config.vqgan_config
+            needed = self.config.image_code_offset + (1 if vqgan_config is None else vqgan_config.num_codes)
+        if new_num_tokens is not None and not (isinstance(new_num_tokens, int) and new_num_tokens >= needed):
             raise HealthGPTError(
-                f"The token tables need at least {needed} rows, the last of them for image codes, and not {new_num_tokens}."
+                f"The token tables need a whole number of rows, at least {needed} with those of image codes, got "
+                f"{new_num_tokens!r}."
             )
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         num_rows, tables = self.config.text_config.vocab_size, self.base_model.token_embeddings
@@ -392,14 +426,9 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
                 weight file is damaged; or if this processor's 4-bit kernel does not take its sizes.
         """
         kwargs["ignore_mismatched_sizes"] = True  # they are refused here, by name
-        quantization = kwargs.get("quantization_config")
-        if hasattr(quantization, "modules_to_not_convert"):
-            kwargs["quantization_config"] = quantization = copy.copy(quantization)
-            listed = skipped_by_name(quantization.modules_to_not_convert or [])
-            quantization.modules_to_not_convert = [*listed, *UNQUANTIZED_MODULES]
-        elif getattr(quantization, "llm_int8_skip_modules", None) is not None:  # bitsandbytes has another name for it
-            kwargs["quantization_config"] = quantization = copy.copy(quantization)
-            quantization.llm_int8_skip_modules = skipped_by_name(quantization.llm_int8_skip_modules)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = keep_unquantized(kwargs["quantization_config"])
+        require_own_files(args[0] if args else kwargs["pretrained_model_name_or_path"])
         try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except OSError:  # the library's own, which says what is missing

@@ -166,3 +166,21 @@ def test_the_file_over_which_loading_fails_is_named(checkpoints, tmp_path, damag
     with pytest.raises(HealthGPTError, match=re.escape(str(file))) as error:
         AutoModelForImageTextToText.from_pretrained(tmp_path / "damaged")
     assert ("git-lfs" in str(error.value)) == (damage == "pointer")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "..", 5, None])
+def test_an_index_that_leads_out_of_the_folder_is_refused(checkpoints, tmp_path, name):
+    shutil.copytree(checkpoints("m3").folder, tmp_path / "hostile")
+    shutil.copy(
+        tmp_path / "hostile/model-plugin_generation-00001-of-00001.safetensors", tmp_path / "outside.safetensors"
+    )
+    file = tmp_path / "hostile/model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    for key in [key for key, shard in index["weight_map"].items() if "plugin_generation" in shard]:
+        index["weight_map"][key] = name
+    file.write_text(json.dumps(index))
+    with pytest.raises(HealthGPTError, match=re.escape(repr(name))):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "hostile")
+    file.write_text("[]")
+    with pytest.raises(HealthGPTError, match="has no weight_map"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "hostile")

@@ -78,6 +78,10 @@ def test_a_checkpoint_with_newer_code_is_refused(checkpoints, tmp_path):
     (folder / "config.json").write_text(json.dumps(content | {"code_version": CODE_VERSION + 1}))
     with pytest.raises(healthgpt.HealthGPTError, match=f"version {CODE_VERSION + 1} .* is version {CODE_VERSION}"):
         AutoModel.from_pretrained(folder)
+    for version in ("x", None, 1.5):
+        (folder / "config.json").write_text(json.dumps(content | {"code_version": version}))
+        with pytest.raises(healthgpt.HealthGPTError, match="code_version"):
+            AutoConfig.from_pretrained(folder)
     del content["code_version"]  # as the first exports
     (folder / "config.json").write_text(json.dumps(content))
     assert AutoConfig.from_pretrained(folder).to_dict()["code_version"] == CODE_VERSION

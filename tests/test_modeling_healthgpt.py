@@ -288,6 +288,7 @@ def test_a_task_added_to_a_loaded_model(checkpoints, tmp_path):
         (lambda: model.add_task("other", settings, "nothing"), "no task 'nothing' to start from; there are"),
         (lambda: model.add_task("other", settings, "comprehension"), "has rank 16 and 4 experts; to start from it"),
         (lambda: model.add_task("Other", settings), "A task's name is made of small letters"),
+        (lambda: model.add_task(5, settings), "A task's name is made of small letters"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -347,11 +348,35 @@ def test_tables_keep_the_rows_of_image_codes(load):
     model, _ = load("m3")
     end = model.config.image_code_offset + model.config.vqgan_config.num_codes
     before = model.config.text_config.vocab_size
-    with pytest.raises(HealthGPTError, match=f"at least {end} rows"):
+    with pytest.raises(HealthGPTError, match=f"at least {end} "):
         model.resize_token_embeddings(end - 1)
     assert model.config.text_config.vocab_size == model.lm_head.out_features == before
     model.resize_token_embeddings(end)
     assert model.generate(torch.tensor([[1, 2, 3]]), task="generation").max() < end
+
+
+@pytest.mark.parametrize("rows", [0, -3, 300.5])
+def test_numbers_of_rows_that_mean_nothing_are_refused(rows, checkpoints):
+    for name in ("l14", "xl32"):
+        model = AutoModelForImageTextToText.from_pretrained(checkpoints(name).folder)
+        before = model.config.text_config.vocab_size
+        with pytest.raises(HealthGPTError, match=str(rows)):
+            model.resize_token_embeddings(rows)
+        if model.config.image_code_offset is not None:  # there are image codes, although nothing here draws them
+            with pytest.raises(HealthGPTError, match="10"):
+                model.resize_token_embeddings(10)
+        assert model.config.text_config.vocab_size == model.lm_head.out_features == before
+
+
+@pytest.mark.parametrize("name", ["keys", "pop", "forward", "type", "training"])
+def test_names_that_modules_have_a_use_for_are_refused(name, load):
+    model, _ = load("m3")
+    settings = {"kind": "text", "rank": 4, "alpha": 8, "num_experts": 2, "vision_layer": -2}
+    with pytest.raises(HealthGPTError, match=name):
+        model.add_task(name, settings)
+    with pytest.raises(HealthGPTError, match=name):
+        model.add_task("fresh", settings | {"token_tables": name})
+    assert list(model.config.tasks) == ["comprehension", "generation"]
 
 
 def test_outputs_carry_the_features_of_the_images(m3):

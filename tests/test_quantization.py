@@ -90,7 +90,11 @@ def test_a_users_own_list_is_left_alone_too(quantizer, checkpoints):
     assert all(name.endswith(".base_layer") for name in names)
 
 
-@pytest.mark.parametrize("quantizer", [bits_and_bytes, pytest.param(torchao, marks=needs_torchao)])
+def as_dictionary(bits, skipped):
+    return {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": skipped}
+
+
+@pytest.mark.parametrize("quantizer", [bits_and_bytes, as_dictionary, pytest.param(torchao, marks=needs_torchao)])
 @pytest.mark.parametrize("skipped", [["qkv_proj"], ["down_proj", "self_attn.o_proj"], ["layers.1.mlp.gate_up_proj"]])
 def test_a_users_list_names_linears_as_the_base_does(quantizer, skipped, checkpoints):
     model = load(checkpoints("made_wide").folder, quantizer(8, skipped))

@@ -6,6 +6,7 @@ import os
 import pty
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import GOLDEN, full_disk
@@ -56,6 +57,8 @@ def ends(monkeypatch, capsys, tmp_path):
         ("ask scan.nii.gz", "scan.nii.gz"),
         ("ask SCAN.DCM", "SCAN.DCM"),
         ("ask chest.heic", "chest.heic"),
+        ("ask scan.hdr", "scan.hdr"),
+        ("ask scan.mgz", "scan.mgz"),
         ("ask studies/one", "studies/one"),
         ("ask ./one", "./one"),
         ("ask one/", "one/"),
@@ -142,8 +145,10 @@ def test_a_question_alone_is_answered_and_nano_is_known_everywhere(ends):
     code, printed, _ = ends("info", "nano", "--json")
     assert code == 0 and "comprehension" in json.loads(printed)["tasks"]
     os.mkdir("nano")
+    assert ends("info", "nano", "--json")[0] == 0
+    Path("nano/config.json").write_text('{"model_type": "llama"}')  # a checkpoint of this name goes first
     code, _, said = ends("ask", "-c", "nano", "What?")
-    assert code == 1 and "nano is no HealthGPT checkpoint: it has no config.json" in said
+    assert code == 1 and "nano is no HealthGPT checkpoint: its config.json is that of a llama model" in said
 
 
 def test_names_of_files_give_a_terminal_no_orders(ends, tmp_path):

@@ -22,6 +22,7 @@ from .errors_healthgpt import HealthGPTError
 
 MAX_PIXELS = 2**26  # of one image, by default: 8192 x 8192
 MAX_PIXELS_VARIABLE = "HEALTHGPT_MAX_IMAGE_PIXELS"
+TILE_TAGS = (322, 323)  # width and height of a TIFF file's tiles
 ACCEPTED = (
     "an image is a PIL image, an array or tensor of two dimensions or of three with 1, 3 or 4 channels (more of them at once have "
     "four dimensions), a path, an address (file, http, https or data), base64 text, bytes, a binary file, or a dictionary with "
@@ -89,8 +90,22 @@ def fit(picture: Image.Image) -> Image.Image:
         fitting = [part for part in (2, 4, 8) if -(-width // part) * -(-height // part) <= limit]
         if fitting:
             picture.draft(picture.mode, (width // fitting[0], height // fitting[0]))
-    check_pixels(*picture.size)
+    check_decoding(picture)
     return picture
+
+
+def check_decoding(picture: Image.Image) -> None:
+    """
+    Refuses an image that would take too much memory, itself or a tile of it: a TIFF file's may be far larger than the image.
+
+    Raises:
+        HealthGPTError: if one of them has more than `max_pixels()` pixels.
+    """
+    check_pixels(*picture.size)
+    if picture.format == "TIFF":
+        tile = [picture.tag_v2.get(tag) for tag in TILE_TAGS]
+        if all(isinstance(side, int) for side in tile):
+            check_pixels(*tile, "a tile of it")
 
 
 def reason_of(error: Exception) -> str:
@@ -161,7 +176,7 @@ def _open_picture(image, input_data_format):
             picture = _from_array(image, input_data_format)
         else:
             raise HealthGPTError(ACCEPTED)
-        check_pixels(*picture.size)
+        check_decoding(picture)
         picture.load()
         return picture
 

@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
@@ -126,6 +126,16 @@ def run_lengths(size):
     return struct.pack("<16L", 1, 64, *[0] * 14) + b"\x81\0" * (size // 128)
 
 
+def icon(path, content):
+    """An image in an icon that says that it has 16 x 16 pixels, of Windows or of macOS."""
+    if path.suffix == ".ico":
+        head = struct.pack("<HHH4BHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(content), 22)
+    else:
+        head = struct.pack(">4sI4sI", b"icns", len(content) + 16, b"icp4", len(content) + 8)
+    path.write_bytes(head + content)
+    return path
+
+
 @pytest.mark.skipif(not STATUS.exists(), reason="the peak of the memory is read from Linux's /proc")
 def test_memory_stays_bounded(checkpoints, tmp_path):
     turned = np.eye(4)[[2, 0, 1, 3]]  # the last axis of the file goes to the right
@@ -142,8 +152,10 @@ def test_memory_stays_bounded(checkpoints, tmp_path):
         scaled(tmp_path / "scaled.nii.gz", (4000, 4000, 2)): ([4000, 4000], 16 * 5),
         scaled(tmp_path / "line.nii.gz", (2**24, 1, 2)): ([2**24, 1], 16 * 5),
         tiff(tmp_path / "tile.tiff", 64, 64, 9000): ("9000 x 9000", 30),
+        icon(tmp_path / "icon.ico", png(tmp_path / "inside.png", 9000, 9000).read_bytes()): ("9000 x 9000", 30),
+        icon(tmp_path / "icon.icns", (tmp_path / "inside.png").read_bytes()): ("9000 x 9000", 30),
         compressed(tmp_path / "jpeg.dcm", JPEGBaseline8Bit, grey_image("JPEG", 8000)): ("16 x 16", 30),
-        compressed(tmp_path / "jpeg2000.dcm", JPEG2000Lossless, grey_image("JPEG2000", 6000)): ("16 x 16", 30),
+        compressed(tmp_path / "jpeg2000.dcm", JPEG2000Lossless, grey_image("JPEG2000", 4000)): ("16 x 16", 30),
         compressed(tmp_path / "rle.dcm", RLELossless, run_lengths(2**26)): ("16 x 16", 30),
     }
     png(tmp_path / "first.png", 64, 64)
@@ -225,6 +237,43 @@ def test_a_tile_of_a_tiff_may_be_larger_than_the_image_but_not_than_the_limit(tm
     for read, image in ((open_picture, path), (load_picture, str(path)), (load_picture, Image.open(path))):
         with pytest.raises(HealthGPTError, match=f"a tile of it has 64 x 64 pixels, .*{LIMIT} is set to a higher"):
             read(image)
+
+
+def test_images_in_icons_are_no_larger_than_the_limit(tmp_path, monkeypatch):
+    bitmap = BytesIO()
+    Image.new("RGBA", (20, 20)).save(bitmap, "ICO", sizes=[(20, 20)], bitmap_format="bmp")
+    contents = {
+        "png.ico": grey_image("PNG", 20),
+        "bitmap.ico": bitmap.getvalue()[22:],
+        "png.icns": grey_image("PNG", 20),
+        "jpeg.icns": grey_image("JPEG2000", 20),
+    }
+    for name, content in contents.items():
+        path = icon(tmp_path / name, content)
+        monkeypatch.setenv(LIMIT, "399")
+        for read, image in ((open_picture, path), (load_picture, str(path)), (load_picture, path.read_bytes())):
+            with pytest.raises(HealthGPTError, match=f"an image in it has 20 x [24]0 pixels, .*{LIMIT} is set to"):
+                read(image)
+    monkeypatch.delenv(LIMIT)
+    path = tmp_path / "icon.ico"
+    Image.new("RGB", (16, 16), (9, 8, 7)).save(path)
+    with open(path, "rb") as file:
+        assert open_picture(path).getpixel((0, 0)) == load_picture(file).getpixel((0, 0)) == (9, 8, 7)
+    Image.new("RGB", (16, 16), (9, 8, 7)).save(tmp_path / "icon.icns")
+    assert load_picture(str(tmp_path / "icon.icns")).getpixel((0, 0)) == (9, 8, 7)
+
+
+def test_frames_before_the_wanted_one_are_bounded_too(tmp_path, monkeypatch):
+    frames = [Image.new("L", (60, 50), grey) for grey in (10, 200, 90)]
+    for name in ("frames.gif", "frames.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        monkeypatch.setenv(LIMIT, "3000")
+        assert open_picture(tmp_path / name, 2).convert("L").getpixel((0, 0)) == 90
+        monkeypatch.setenv(LIMIT, "2999")
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("a frame is decoded"))
+            with pytest.raises(HealthGPTError, match=f"{name}.* has 60 x 50 pixels"):
+                open_picture(tmp_path / name, 2)
 
 
 def test_a_jpeg_over_the_limit_is_read_smaller(tmp_path, monkeypatch):

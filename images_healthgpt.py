@@ -6,14 +6,18 @@ import base64
 import binascii
 import os
 from collections.abc import Mapping
-from contextlib import contextmanager
-from io import BytesIO
+from contextlib import contextmanager, suppress
+from io import BytesIO, UnsupportedOperation
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname, urlopen
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.BmpImagePlugin import DibImageFile
+from PIL.IcoImagePlugin import IcoFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
+from PIL.PngImagePlugin import PngImageFile
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import infer_channel_dimension_format, to_numpy_array
 from transformers.utils import is_numpy_array
@@ -22,6 +26,7 @@ from .errors_healthgpt import HealthGPTError
 
 MAX_PIXELS = 2**26  # of one image, by default: 8192 x 8192
 MAX_PIXELS_VARIABLE = "HEALTHGPT_MAX_IMAGE_PIXELS"
+TILE_TAGS = (322, 323)  # width and height of a TIFF file's tiles
 ACCEPTED = (
     "an image is a PIL image, an array or tensor of two dimensions or of three with 1, 3 or 4 channels (more of them at once have "
     "four dimensions), a path, an address (file, http, https or data), base64 text, bytes, a binary file, or a dictionary with "
@@ -73,7 +78,41 @@ def open_image(file) -> Image.Image:
         Exception: What Pillow's readers raise, of a dozen types.
     """
     max_pixels()  # raises Pillow's limit
+    if isinstance(file, (str, Path)):
+        check_icon(file)
+        return fit(Image.open(file))
+    try:
+        file.seek(0)
+    except (AttributeError, UnsupportedOperation):
+        file = BytesIO(file.read())
+    _check_icon(file)
     return fit(Image.open(file))
+
+
+def check_icon(path: str | Path) -> None:
+    """
+    Refuses a Windows icon that holds an image with too many pixels, whatever its directory says: Pillow decodes it on opening.
+
+    Raises:
+        HealthGPTError: if it has more than `max_pixels()` pixels.
+    """
+    with open(path, "rb") as file:
+        _check_icon(file)
+
+
+def _check_icon(file):
+    if file.read(4) == b"\0\0\1\0":
+        file.seek(0)
+        _check_inside(file, IcoFile(file).entry[0].offset, PngImageFile, DibImageFile)
+
+
+def _check_inside(file, place, *readers):
+    """Refuses an image inside an icon, of the first of Pillow's formats that it is in."""
+    for reader in readers:
+        file.seek(place)
+        with suppress(SyntaxError):  # Pillow's word for another format
+            check_pixels(*reader(file).size, "an image in it")
+            return
 
 
 def fit(picture: Image.Image) -> Image.Image:
@@ -89,8 +128,27 @@ def fit(picture: Image.Image) -> Image.Image:
         fitting = [part for part in (2, 4, 8) if -(-width // part) * -(-height // part) <= limit]
         if fitting:
             picture.draft(picture.mode, (width // fitting[0], height // fitting[0]))
-    check_pixels(*picture.size)
+    check_decoding(picture)
     return picture
+
+
+def check_decoding(picture: Image.Image) -> None:
+    """
+    Refuses an image that would take too much memory, itself or what is decoded for it: the tiles of a TIFF file and the images in an
+    icon may be far larger than the file says that it is.
+
+    Raises:
+        HealthGPTError: if one of them has more than `max_pixels()` pixels.
+    """
+    check_pixels(*picture.size)
+    if picture.format == "TIFF":
+        tile = [picture.tag_v2.get(tag) for tag in TILE_TAGS]
+        if all(isinstance(side, int) for side in tile):
+            check_pixels(*tile, "a tile of it")
+    elif picture.format == "ICNS" and picture.fp is not None:
+        for code, _ in picture.icns.SIZES[picture.best_size]:
+            if code in picture.icns.dct:
+                _check_inside(picture.fp, picture.icns.dct[code][0], PngImageFile, Jpeg2KImageFile)
 
 
 def reason_of(error: Exception) -> str:
@@ -161,7 +219,7 @@ def _open_picture(image, input_data_format):
             picture = _from_array(image, input_data_format)
         else:
             raise HealthGPTError(ACCEPTED)
-        check_pixels(*picture.size)
+        check_decoding(picture)
         picture.load()
         return picture
 

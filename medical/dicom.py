@@ -13,11 +13,13 @@ import numpy as np
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.datadict import tag_for_keyword
+from pydicom.encaps import get_frame
 from pydicom.filereader import read_file_meta_info
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, get_decoder, pixel_array
 
 from ..errors_healthgpt import HealthGPTError
 from ..images_healthgpt import MAX_PIXELS_VARIABLE, check_pixels, max_pixels
+from .codestreams import fits
 from .greys import in_strips, strips, to_greys, value_range
 
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -72,8 +74,8 @@ class DicomFile:
         path (`Path`): A file of PS3.10, compressed or not.
 
     Raises:
-        HealthGPTError: if it has no pixels, too many in a frame, or pixels that cannot be decoded. No message quotes a value of a tag
-            but the size of a frame that is too large.
+        HealthGPTError: if it has no pixels, too many in a frame, a compressed frame that is larger than its tags say, or pixels that
+            cannot be decoded. No message quotes a value of a tag but the size of a frame that is too large.
     """
 
     def __init__(self, path: Path):
@@ -115,6 +117,8 @@ class DicomFile:
         check_pixels(self.columns, self.rows, f"{str(self.path)!r} is a DICOM file that cannot be read: a frame")
         try:
             with silence():
+                if self.syntax.is_encapsulated:
+                    self._check_compressed(frame)
                 values = pixel_array(self.source, index=frame)
                 if self.photometric in GREYS:
                     return Image.fromarray(self._greys(values, frame))
@@ -123,11 +127,28 @@ class DicomFile:
                     values = apply_color_lut(values, self.data)
                     depth = self.data.RedPaletteColorLookupTableDescriptor[2]
                 return Image.fromarray((values >> max(depth - 8, 0)).astype(np.uint8))
+        except HealthGPTError as error:
+            raise HealthGPTError(f"{str(self.path)!r} is a DICOM file that cannot be read: {error}") from None
         except Exception:  # of any type and cut from its cause, as above: every decoder has types of its own
             reason = "it is damaged" + (f", or needs a decoder that is not installed: {missing}" if missing else "")
             raise HealthGPTError(
                 f"{str(self.path)!r} is a DICOM file whose pixels cannot be decoded: {reason}."
             ) from None
+
+    def _check_compressed(self, frame: int) -> None:
+        """Refuses a compressed frame that, as it says itself, has more pixels than the tags say."""
+        tables = [self.data.get(keyword) or b"" for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+        if len(tables[0]) != len(tables[1]):  # as pydicom does
+            tables = [b"", b""]
+        with open(self.path, "rb") as file:
+            file.seek(self.data.get_item("PixelData", keep_deferred=True).value_tell)
+            content = get_frame(
+                file, frame, number_of_frames=self.num_frames, extended_offsets=tables if tables[0] else None
+            )
+        if not fits(content, self.syntax, self.rows * self.columns, 3 if self.photometric in COLOURS else 1):
+            raise HealthGPTError(
+                f"a compressed frame holds more than the {self.columns} x {self.rows} pixels that its tags say."
+            )
 
     def _missing_decoders(self) -> str:
         """What could be installed for the file's compression; refuses one that nothing installed reads."""

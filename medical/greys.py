@@ -1,4 +1,4 @@
-"""Values of any range as 8-bit greys, a strip of rows at a time, as the numbers between take eight times the memory and more."""
+"""Values of any range as 8-bit greys, a strip at a time, as the numbers between take eight times the memory and more."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -10,14 +10,14 @@ STRIP = 2**18  # values
 
 
 def strips(values: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows of an array, a strip after the other."""
-    rows = max(1, STRIP // values[0].size)
-    return (values[start : start + rows] for start in range(0, len(values), rows))
+    """The values of a contiguous array, a strip after the other."""
+    flat = values.reshape(-1)
+    return (flat[start : start + STRIP] for start in range(0, flat.size, STRIP))
 
 
 def in_strips(convert: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    """What `convert` makes of each strip, as one array of 8 bits."""
-    return np.concatenate([convert(strip) for strip in strips(values)], dtype=np.uint8)
+    """What `convert` makes of each strip, as one array of 8 bits in the shape of `values`."""
+    return np.concatenate([convert(strip) for strip in strips(values)], dtype=np.uint8).reshape(values.shape)
 
 
 def value_range(parts: Iterable[np.ndarray]) -> tuple[float, float]:

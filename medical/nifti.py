@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import nibabel
@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..errors_healthgpt import HealthGPTError
 from ..images_healthgpt import check_pixels
-from .greys import in_strips, to_greys, value_range
+from .greys import STRIP, to_greys, value_range
 
 MAX_EXTENSIONS = 2**24  # bytes before the voxels
 # What reading raises for a header or values that are damaged.
@@ -36,7 +36,7 @@ class NiftiFile:
     Args:
         path (`Path`): A `.nii` or `.nii.gz` file.
 
-    The file is read a slab after the other, as its voxels lie in it, so that no more than a slab is in memory.
+    The file is read a strip after the other, as its voxels lie in it, so that no more than the slice and a strip are in memory.
 
     Raises:
         HealthGPTError: if it cannot be read, has neither three nor four dimensions, its affine gives an axis no direction, its
@@ -71,31 +71,39 @@ class NiftiFile:
     def picture(self, frame: int) -> Image.Image:
         right, front, head = self.axes
         index = self.num_frames - 1 - frame if self.backwards[2] else frame
-        lines = []
-
-        def slabs(numbers):
-            for number in numbers:
-                slab = np.asanyarray(self.image.dataobj[(..., number, 0)[: self.image.ndim - 1]])
-                if head != 2:
-                    lines.append(slab.take(index, head))
-                elif number == index:
-                    lines.append(slab)
-                yield slab
-
+        shape = self.image.shape
+        greys = np.empty([size for axis, size in enumerate(shape[:3]) if axis != head], np.uint8)
         try:
             low, high = (float(self.image.header[name]) for name in ("cal_min", "cal_max"))
-            everything = range(self.image.shape[2])
             if not low < high:
-                low, high = value_range(slabs(everything))
-            else:
-                deque(slabs(everything if head != 2 else [index]), maxlen=0)
+                low, high = value_range(piece for _, piece in self._pieces(range(shape[2])))
+            for place, piece in self._pieces([index] if head == 2 else range(shape[2])):
+                at = place.pop(head)
+                if at.start <= index < at.stop:
+                    greys[tuple(place)] = to_greys(piece.take(index - at.start, head), low, high)
         except UNREADABLE as error:
             raise self._unreadable(str(error)) from error
-        values = lines[0] if head == 2 else np.stack(lines, axis=-1)
-        values = values.T if right > front else values
+        values = greys.T if right > front else greys
         values = values[:: -1 if self.backwards[0] else 1, :: -1 if self.backwards[1] else 1]
         # (right, front) -> rows from front to back, columns from right to left
-        return Image.fromarray(in_strips(lambda strip: to_greys(strip, low, high), values[::-1, ::-1].T))
+        return Image.fromarray(np.ascontiguousarray(values[::-1, ::-1].T))
+
+    def _pieces(self, slabs: Iterable[int]) -> Iterator[tuple[list[slice], np.ndarray]]:
+        """
+        The voxels of some slabs in the order of the file, a strip after the other, as scaling makes eight bytes of each: where they
+        lie in the volume and their values, of three dimensions.
+        """
+        width, height = self.image.shape[:2]
+        rows = max(1, STRIP // width)
+        for slab in slabs:
+            for top in range(0, height, rows):
+                for left in range(0, width, STRIP):
+                    place = [
+                        slice(left, min(left + STRIP, width)),
+                        slice(top, min(top + rows, height)),
+                        slice(slab, slab + 1),
+                    ]
+                    yield place, np.asanyarray(self.image.dataobj[(*place, 0)[: self.image.ndim]])
 
     def _unreadable(self, reason: str) -> HealthGPTError:
         reason = " ".join(reason.split()).rstrip(".")

@@ -8,9 +8,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors_healthgpt import HealthGPTError
-from ..images_healthgpt import fit, load_picture, max_pixels, reason_of
+from ..images_healthgpt import check_icon, fit, load_picture, max_pixels, reason_of
 from ..refusals import extras
 from .greys import in_strips, strips, to_greys, value_range
+
+DRAWN_OVER = ("FLI", "GIF", "PNG")  # formats of which Pillow decodes all frames before the wanted one
 
 
 def open_picture(path: str | Path, frame: int | None = None) -> Image.Image:
@@ -24,7 +26,7 @@ def open_picture(path: str | Path, frame: int | None = None) -> Image.Image:
     | all that Pillow reads | its content | the processor's; wider ones: the range of the values | the first one |
 
     The middle of a volume shows most of it, while the first page of a plain file is what other programs show. No more of a file is
-    held in memory than one frame, or one slab of a volume, and neither may have more pixels than the processor takes of an image
+    held in memory than one frame or one slice of a volume, neither of which may have more pixels than the processor takes of an image
     (67 million, or what the environment variable `HEALTHGPT_MAX_IMAGE_PIXELS` says); a larger JPEG is read at a reduced size.
 
     Args:
@@ -96,8 +98,10 @@ class PlainFile:
 
     def picture(self, frame: int) -> Image.Image:
         with reading(self.path) as image:
-            image.seek(frame)
-            fit(image).load()
+            for number in range(frame + 1) if image.format in DRAWN_OVER else (frame,):
+                image.seek(number)
+                fit(image)
+            image.load()
             low, high = image.getextrema() if image.mode == "I" else (0, 0)
             if image.mode == "F" or low < 0 or high > 65535:
                 values = np.asarray(image)
@@ -113,6 +117,7 @@ def reading(path: Path) -> Iterator[Image.Image]:
     """A file opened by Pillow; whatever is wrong with it becomes one sentence."""
     max_pixels()  # raises Pillow's limit
     try:
+        check_icon(path)
         with Image.open(path) as image:
             yield image
     except Exception as error:  # Pillow's readers raise a dozen types for what they cannot read

@@ -305,7 +305,7 @@ def require_whole_files(checkpoint: str, **where) -> None:
         try:
             with safe_open(path, framework="pt"):
                 pass
-        except Exception as error:  # SafetensorError, of a library that Hub files do not import themselves
+        except Exception as error:  # a SafetensorError, or an OSError
             with open(path, "rb") as file:
                 is_pointer = file.read(len(GIT_LFS)) == GIT_LFS
             reason = "it is only git-lfs's pointer to the file, which git lfs pull gets" if is_pointer else error
@@ -428,15 +428,15 @@ class HealthGPTPreTrainedModel(PreTrainedModel):
         kwargs["ignore_mismatched_sizes"] = True  # they are refused here, by name
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = keep_unquantized(kwargs["quantization_config"])
-        require_own_files(args[0] if args else kwargs["pretrained_model_name_or_path"])
+        checkpoint = args[0] if args else kwargs["pretrained_model_name_or_path"]
+        if checkpoint is not None:  # else there is a state_dict in its place
+            require_own_files(checkpoint)
         try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        except OSError:  # the library's own, which says what is missing
-            raise
-        except Exception:
-            checkpoint = args[0] if args else kwargs["pretrained_model_name_or_path"]
-            where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
-            require_whole_files(checkpoint, **where)
+        except Exception as error:
+            if type(error).__name__ == "SafetensorError":  # the class is of a library that Hub files do not import
+                where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
+                require_whole_files(checkpoint, **where)
             raise
         for problem, keys in (
             ("lacks tensors of the model", info["missing_keys"]),

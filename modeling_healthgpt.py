@@ -268,7 +268,8 @@ def keep_unquantized(settings):
         name, own = "modules_to_not_convert", UNQUANTIZED_MODULES
     listed = getattr(settings, name, None) or []
     if listed or own:
-        setattr(settings, name, [*listed, *(f"{module}.base_layer" for module in listed), *own])
+        # As expressions from the start: torchao is asked for names of parameters, which end in .weight.
+        setattr(settings, name, [*listed, *(rf"(.*\.)?{module}\.base_layer" for module in listed), *own])
     return settings
 
 

@@ -55,6 +55,7 @@ def ui(
             from .runner import Runner
 
         runner = Runner(*load(checkpoint, device, dtype))
+        require_port(host, port)  # once more: loading takes a while, in which another server may have started
         output = sys.stdout
         with ExitStack() as quiet, files(folder, "written"):
             quiet.callback(setattr, tempfile, "tempdir", tempfile.tempdir)

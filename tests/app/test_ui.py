@@ -232,6 +232,19 @@ def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded(monkeypatch, c
     assert error.startswith(f"Error: Port {port} of 127.0.0.1 is taken, not permitted or not of this machine: choose")
 
 
+def test_a_port_that_is_taken_while_the_model_is_loaded_is_named_too(monkeypatch, capsys):
+    with kept_port() as port, socket.socket() as other:
+
+        def take(*arguments):
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(("127.0.0.1", port))
+            other.listen()
+            return None, None
+
+        monkeypatch.setattr("healthgpt.app.ui.load", take)
+        assert f"Port {port} of 127.0.0.1 is taken" in refused(monkeypatch, capsys, port)
+
+
 def test_a_full_disk_is_called_one(monkeypatch, capsys):
     with kept_port() as port, full_disk(100):
         assert "File too large" in refused(monkeypatch, capsys, port)

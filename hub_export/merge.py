@@ -70,6 +70,7 @@ HUB_FILES = (
     "pipeline_healthgpt.py",
     "precision_healthgpt.py",
     "processing_healthgpt.py",
+    "quantization_healthgpt.py",
     "vqgan_decoder.py",
 )
 SPACE_BESIDE_WEIGHTS = 50 * 10**6  # tokenizer, configuration, code

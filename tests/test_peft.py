@@ -37,6 +37,21 @@ def test_adapters_are_those_of_the_base_and_come_off_again(target, load):
         torch.testing.assert_close(*pair, atol=1e-3, rtol=1e-4)
 
 
+def test_targets_are_named_as_the_documentation_says(load):
+    """The base's linears by pattern, or all linears without the others; the name of a linear with its plugins is none."""
+    for options in (
+        dict(target_modules=r".*\.base_layer"),
+        dict(target_modules="all-linear", exclude_modules=r".*(vision_tower|projectors|token_heads).*"),
+    ):
+        model, _ = load("m3")
+        linears = {name for name, _ in model.named_modules() if name.endswith(".base_layer")}
+        peft_model = get_peft_model(model, LoraConfig(r=2, **options))
+        names = {name for name, module in peft_model.named_modules() if hasattr(module, "lora_embedding_A")}
+        assert {name.removeprefix("base_model.model.") for name in names} == linears
+    with pytest.raises(ValueError, match="HLoRALinear"):
+        get_peft_model(load("m3")[0], LoraConfig(r=2, target_modules=["qkv_proj"]))
+
+
 def test_unloading_leaves_the_model_as_it_was(load, tmp_path):
     model, _ = load("m3")
     before = logits_of(model)

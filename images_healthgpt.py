@@ -241,7 +241,10 @@ def reading(image):
 def _file_of(name):
     """What `open_image` reads for a path, URL or base64 string: not transformers' `load_image`, which clips 16 bits to 8."""
     if name.startswith("file:"):
-        return url2pathname(urlsplit(name).path)
+        address = urlsplit(name)
+        if address.netloc.lower() not in ("", "localhost"):
+            raise HealthGPTError(f"an address of a file on this machine has no host or localhost, but {address.netloc!r}")
+        return url2pathname(address.path)
     if name.startswith(("http://", "https://", "data:")):
         limit = 8 * max_pixels()  # bytes of so many pixels of four colours of 16 bits
         with urlopen(name, timeout=60) as response:

@@ -332,6 +332,7 @@ def test_what_is_no_image_is_told_what_is(processor):
         (b"", {}, "An object of type bytes is not a picture"),
         ({"bytes": b"no image"}, {}, "An object of type bytes is not a picture"),
         ("file:///no/such/image.png", {}, "'file:///no/such/image.png' is not a picture .* No such file"),
+        (Path(PICTURE["image"]).as_uri().replace("://", "://server.example"), {}, "localhost, but 'server.example'"),
         (np.full((4, 4, 3), 300.0), {}, "outside the range"),
         (np.full((4, 4, 3), 1.5), {"do_rescale": False}, "outside the range"),
         (np.zeros((0, 4, 3)), {"do_rescale": False}, "4 x 0 pixels"),

@@ -4,6 +4,7 @@
 
 import re
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
@@ -12,6 +13,8 @@ from .errors_healthgpt import HealthGPTError
 
 # Raised with every change of the code that travels with checkpoints after which older code cannot load them.
 CODE_VERSION = 1
+
+GIT_LFS = b"version https://git-lfs"  # how git-lfs's pointers begin
 
 # Modules are kept by the names of their tasks, among what a ModuleDict has already.
 RESERVED_NAMES = frozenset(dir(nn.ModuleDict()))
@@ -166,14 +169,7 @@ class HealthGPTConfig(PreTrainedConfig):
         code_version=CODE_VERSION,
         **kwargs,
     ):
-        if type(code_version) is not int:
-            raise HealthGPTError(f"A configuration's code_version is a whole number, got {code_version!r:.100}.")
-        if code_version > CODE_VERSION:
-            raise HealthGPTError(
-                f"The checkpoint was written with version {code_version} of HealthGPT's code, and this is version "
-                f"{CODE_VERSION}: update the package healthgpt, or load the checkpoint's own code with trust_remote_code=True "
-                "where the package is not imported."
-            )
+        require_code_version(code_version)
         self.text_config = _sub_config(text_config, default_model_type="phi3")
         self.vision_config = _sub_config(vision_config, default_model_type="clip_vision_model")
         self.vqgan_config = HealthGPTVQGANConfig(**vqgan_config) if isinstance(vqgan_config, dict) else vqgan_config
@@ -235,6 +231,27 @@ class HealthGPTConfig(PreTrainedConfig):
         output["tasks"] = {name: asdict(task) for name, task in self.tasks.items()}
         output["code_version"] = CODE_VERSION
         return output
+
+
+def require_code_version(version: int) -> None:
+    """
+    Raises:
+        HealthGPTError: if it is no version, or one of newer code than this.
+    """
+    if type(version) is not int:
+        raise HealthGPTError(f"A checkpoint's code_version is a whole number, got {version!r:.100}.")
+    if version > CODE_VERSION:
+        raise HealthGPTError(
+            f"The checkpoint was written with version {version} of HealthGPT's code, and this is version "
+            f"{CODE_VERSION}: update the package healthgpt, or load the checkpoint's own code with trust_remote_code=True "
+            "where the package is not imported."
+        )
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is only what git-lfs leaves of it until `git lfs pull`."""
+    with open(path, "rb") as file:
+        return file.read(len(GIT_LFS)) == GIT_LFS
 
 
 def task_from_mode(task: str | list[str] | None, generation_mode: str | None) -> str | list[str]:

@@ -31,7 +31,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import CONFIG_NAME, TransformersKwargs, cached_file, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
-from .configuration_healthgpt import HealthGPTConfig, TaskConfig, task_from_mode
+from .configuration_healthgpt import HealthGPTConfig, TaskConfig, is_pointer, task_from_mode
 from .errors_healthgpt import HealthGPTError
 from .generation_healthgpt import CACHE_NAME, HealthGPTGenerationMixin
 from .precision_healthgpt import compute
@@ -83,8 +83,6 @@ def route(groups: list[TaskGroup]):
     finally:
         _routing.groups = outer
 
-
-GIT_LFS = b"version https://git-lfs"  # how git-lfs's pointers begin
 
 # The library's own way of giving a cache its new name, from the version on that has one.
 accept_past_key_values = (
@@ -245,9 +243,7 @@ def require_whole_files(checkpoint: str, **where) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except Exception as error:  # a SafetensorError, or an OSError
-            with open(path, "rb") as file:
-                is_pointer = file.read(len(GIT_LFS)) == GIT_LFS
-            reason = "it is only git-lfs's pointer to the file, which git lfs pull gets" if is_pointer else error
+            reason = "it is only git-lfs's pointer to the file, which git lfs pull gets" if is_pointer(path) else error
             raise HealthGPTError(f"{path} cannot be read as safetensors: {reason}.") from error
 
 

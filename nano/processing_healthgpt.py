@@ -5,13 +5,14 @@
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
-from .configuration_healthgpt import task_from_mode
+from .configuration_healthgpt import CODE_VERSION, is_pointer, require_code_version, task_from_mode
 from .errors_healthgpt import HealthGPTError
 from .images_healthgpt import channels_last, check_pixels, check_size, flatten, is_floats, load_picture, reading
 
@@ -25,6 +26,10 @@ except ImportError:  # transformers before 5.4, whose CLIPImageProcessor is the 
 PLACEHOLDER = re.compile("(?<!\U000f0000)<image>")
 # `<image>` of a user's text, which is no placeholder: the tokenizer takes the noncharacter out again. Chat templates do the same.
 IMAGE_AS_TEXT = "<\ufdd0image>"
+# Files that are read for a processor.
+FILES = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# What is read of messages, and of the parts of their contents, that are objects with attributes.
+ATTRIBUTES = ("role", "content", "type", "text", "image", "image_url", "url", "path", "base64")
 
 
 class HealthGPTProcessorKwargs(ProcessingKwargs, total=False):
@@ -45,6 +50,10 @@ class HealthGPTProcessor(ProcessorMixin):
         num_image_patches (`int`, defaults to 576): Positions that a picture takes in the prompt.
         prefix_space (`bool`, defaults to `False`): Whether every text chunk starts with a space, as SentencePiece adds it.
         picture_size (`int`, *optional*): Height and width in pixels of the pictures that the VQGAN reads and draws.
+        code_version (`int`, defaults to this code's): As in [`HealthGPTConfig`].
+
+    Raises:
+        HealthGPTError: if the checkpoint was written with newer code.
     """
 
     valid_processor_kwargs = HealthGPTProcessorKwargs
@@ -60,8 +69,10 @@ class HealthGPTProcessor(ProcessorMixin):
         num_image_patches=576,
         prefix_space=False,
         picture_size=None,
+        code_version=CODE_VERSION,
         **kwargs,
     ):
+        require_code_version(code_version)
         if not isinstance(image_processor, CLIPImageProcessorPil):
             settings = image_processor.to_dict()
             settings.pop("image_processor_type", None)
@@ -149,7 +160,22 @@ class HealthGPTProcessor(ProcessorMixin):
             )
 
     def to_dict(self):
-        return super().to_dict() | {"auto_map": {"AutoProcessor": "processing_healthgpt.HealthGPTProcessor"}}
+        auto_map = {"AutoProcessor": "processing_healthgpt.HealthGPTProcessor"}
+        return super().to_dict() | {"auto_map": auto_map, "code_version": CODE_VERSION}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        Loads the processor of a checkpoint.
+
+        Raises:
+            HealthGPTError: if a file of the checkpoint's folder is only git-lfs's pointer to it, or was written with newer code.
+        """
+        for name in FILES:
+            path = Path(pretrained_model_name_or_path, name)  # of a name on the Hub there is none
+            if path.is_file() and is_pointer(path):
+                raise HealthGPTError(f"{path} is only git-lfs's pointer to the file, which git lfs pull gets.")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _pixel_values(self, images, options):
         """What the vision tower reads of each image; one at a time, so that only one is in memory in its own size."""

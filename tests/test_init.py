@@ -70,18 +70,24 @@ def test_what_the_package_saves_loads_without_it(checkpoints, tmp_path):
     assert result.returncode == 0 and "PIL.Image" in result.stdout, result.stderr
 
 
-def test_a_checkpoint_with_newer_code_is_refused(checkpoints, tmp_path):
+@pytest.mark.parametrize(
+    "auto_class, name",
+    [(AutoConfig, "config.json"), (AutoModel, "config.json"), (AutoProcessor, "processor_config.json")],
+)
+def test_a_checkpoint_with_newer_code_is_refused(checkpoints, tmp_path, auto_class, name):
     folder = tmp_path / "newer"
     shutil.copytree(checkpoints("l14").folder, folder)
-    content = json.loads((folder / "config.json").read_text())
+    content = json.loads((folder / name).read_text())
     assert content["code_version"] == CODE_VERSION
-    (folder / "config.json").write_text(json.dumps(content | {"code_version": CODE_VERSION + 1}))
+    (folder / name).write_text(json.dumps(content | {"code_version": CODE_VERSION + 1}))
     with pytest.raises(healthgpt.HealthGPTError, match=f"version {CODE_VERSION + 1} .* is version {CODE_VERSION}"):
-        AutoModel.from_pretrained(folder)
+        auto_class.from_pretrained(folder)
     for version in ("x", None, 1.5):
-        (folder / "config.json").write_text(json.dumps(content | {"code_version": version}))
+        (folder / name).write_text(json.dumps(content | {"code_version": version}))
         with pytest.raises(healthgpt.HealthGPTError, match="code_version"):
-            AutoConfig.from_pretrained(folder)
+            auto_class.from_pretrained(folder)
     del content["code_version"]  # as the first exports
-    (folder / "config.json").write_text(json.dumps(content))
-    assert AutoConfig.from_pretrained(folder).to_dict()["code_version"] == CODE_VERSION
+    (folder / name).write_text(json.dumps(content))
+    loaded = auto_class.from_pretrained(folder)
+    settings = loaded.config if auto_class is AutoModel else loaded
+    assert settings.to_dict()["code_version"] == CODE_VERSION

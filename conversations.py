@@ -1,19 +1,6 @@
 """Conversations of one message, their model inputs, and answers to many at once: what all parts of the package share."""
 
 
-def reserved_token(tokenizer, text: str) -> str | None:
-    """
-    The first token in a text that only the processor may write, such as `<image>`, or `None` if there is none.
-
-    Args:
-        tokenizer (`tokenizers.Tokenizer`): The vocabulary; of a processor `processor.tokenizer.backend_tokenizer`.
-        text (`str`): What a person, a sample or a plugin says.
-    """
-    reserved = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
-    found = (reserved.get(index) for index in tokenizer.encode(text, add_special_tokens=False).ids)
-    return next((token for token in found if token is not None and token in text), None)
-
-
 def conversation(pictures: list, text: str) -> list[dict]:
     """One message of pictures and a question or instruction, as `apply_chat_template` takes it."""
     content = [{"type": "image", "image": picture} for picture in pictures]

@@ -5,7 +5,8 @@ Samples to train on or to measure with: JSON lines of tasks, instructions, answe
     {"task": "generation", "instruction": "Reconstruct the image.", "input_image": "a.png", "target_image": "a.png"}
 
 `input_image` is a path, a list of paths or absent; paths start at the folder of the JSON file. `target_codes`, a list of numbers,
-may stand in place of `target_image`. `group` names a part that `healthgpt eval answers` reports on its own.
+may stand in place of `target_image`. `<image>` in a text is text: images are in their own fields. `group` names a part that
+`healthgpt eval answers` reports on its own.
 """
 
 import json
@@ -14,10 +15,10 @@ from pathlib import Path
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from .conversations import reserved_token
 from .errors_healthgpt import HealthGPTError
 from .images_healthgpt import load_picture
 from .medical import open_picture
+from .processing_healthgpt import image_as_text, reserved_token
 
 FIELDS = ("task", "instruction", "response", "input_image", "target_image", "target_codes", "group")
 FEATURES = Features(
@@ -60,7 +61,7 @@ def read_samples(
             try:
                 row = check_sample(parse(line), path.parent, config, default_task)
                 for field in ("instruction", "response"):
-                    token = reserved_token(tokenizer, row[field] or "")
+                    token = reserved_token(tokenizer, image_as_text(row[field] or ""))
                     if token is not None:
                         raise HealthGPTError(f"its {field} has {token}, a token that only the processor writes.")
                 for picture in {*row["input_image"], row["target_image"]} - {None, *seen}:

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from ..configuration_healthgpt import HealthGPTConfig, TaskConfig
-from ..conversations import reserved_token
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
+from ..processing_healthgpt import reserved_token
 from . import rules
 from .card import build_card, rewrite_card
 from .confine import INDEX_NAME, CheckpointError, inside, read_json, reading, require_confined, require_no_links

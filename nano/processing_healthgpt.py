@@ -289,13 +289,19 @@ class HealthGPTProcessor(ProcessorMixin):
             raise HealthGPTError(f"A conversation is a list of at least one message, got {str(conversation)[:200]!r}.")
         messages = [_with_parts(message) for message in conversation]
         for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
-            part["text"] = part["text"].replace(self.image_token, IMAGE_AS_TEXT)
+            part["text"] = image_as_text(part["text"])
         last = messages[-1]
         if not any(part["type"] == "text" and part["text"].strip() for part in last["content"]):
             pictures = [part for part in last["content"] if part["type"] != "text"]
             default_prompt = self.tasks[task].get("default_prompt")
             if default_prompt is None or not pictures:
                 raise HealthGPTError(f"The last message has no text, which task {task!r} needs.")
+            tokenizer = self.tokenizer.backend_tokenizer
+            if not isinstance(default_prompt, str) or reserved_token(tokenizer, default_prompt) is not None:
+                raise HealthGPTError(
+                    f"The default prompt of task {task!r} is no text without special tokens, but {default_prompt!r:.100}: "
+                    "give a text of your own."
+                )
             last["content"] = [*pictures, {"type": "text", "text": default_prompt}]
         last["generation_mode"] = self.tasks[task]["kind"]  # read by the chat template
         return messages
@@ -381,6 +387,24 @@ class HealthGPTProcessor(ProcessorMixin):
         levels = (generated_outputs.float().clamp(-1, 1) + 1) / 2 * 255
         pixels = levels.to(torch.uint8).permute(0, 2, 3, 1)  # truncated, as published
         return [Image.fromarray(picture.numpy()) for picture in pixels.cpu()]
+
+
+def image_as_text(text: str) -> str:
+    """A text for a prompt in which `<image>` is what somebody wrote, and no place of an image."""
+    return text.replace(HealthGPTProcessor.image_token, IMAGE_AS_TEXT)
+
+
+def reserved_token(tokenizer, text: str) -> str | None:
+    """
+    The first token in a text that only the processor may write, such as `<image>`, or `None` if there is none.
+
+    Args:
+        tokenizer (`tokenizers.Tokenizer`): The vocabulary; of a processor `processor.tokenizer.backend_tokenizer`.
+        text (`str`): What a person, a sample or a plugin says.
+    """
+    reserved = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
+    found = (reserved.get(index) for index in tokenizer.encode(text, add_special_tokens=False).ids)
+    return next((token for token in found if token is not None and token in text), None)
 
 
 def _plain(value):

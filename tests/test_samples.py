@@ -59,12 +59,6 @@ def test_what_is_read(data, m3, monkeypatch):
         (2, {"target_image": "both.jsonl"}, "both.jsonl.* is not a picture that can be read"),
         (0, {"input_image": "cut.png"}, "cut.png.* is not a picture that can be read"),
         (0, {"task": ["comprehension"]}, r"its task is \['comprehension'\], but the tasks are"),
-        (
-            0,
-            {"instruction": "What is <image>?"},
-            "its instruction has <image>, a token that only the processor writes",
-        ),
-        (0, {"response": "See <image> here."}, "its response has <image>, a token that only the processor writes"),
         (0, {"response": "Yes.<|end|>"}, r"its response has <\|end\|>, a token that only the processor writes"),
         (2, {"instruction": "Draw <idx_5>."}, "its instruction has <idx_5>, a token that only the processor writes"),
         (0, {"response": "\ud800"}, "'utf-8' codec can't encode character '.ud800' in position"),

@@ -23,6 +23,7 @@ from transformers import BatchFeature
 from ..conversations import conversation, prepare
 from ..errors_healthgpt import HealthGPTError
 from ..medical import open_picture
+from ..processing_healthgpt import image_as_text
 from ..refusals import files
 
 IGNORED = -100
@@ -155,7 +156,8 @@ class TrainingCollator:
         room = self.max_length - prompt_length
         if sample["target_codes"] is None:
             tokenize = functools.partial(self.processor.tokenizer.encode, add_special_tokens=False)
-            answer = tokenize(self.header + sample["response"].strip() + self.ending)[len(tokenize(self.header)) :]
+            response = image_as_text(sample["response"].strip())
+            answer = tokenize(self.header + response + self.ending)[len(tokenize(self.header)) :]
         else:
             answer = [self.first_code + code for code in sample["target_codes"]]
             answer += [self.end_of_picture, *self.processor.tokenizer.encode(self.ending, add_special_tokens=False)]

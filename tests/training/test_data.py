@@ -17,10 +17,11 @@ def test_prompts_are_those_of_inference_and_labels_the_answer(load, name):
     model, processor = load(name)
     collate = TrainingCollator(processor)
     draws = "generation" in model.config.tasks
-    answers = [" A head CT.", "No <b>lesion</b>,\nbut 2 cysts."]
+    answers = [" A head CT.", "No <b>lesion</b>,\nbut 2 cysts.", "The <image> is dark."]
     samples = [{"task": "comprehension", "response": answer, "target_codes": None} for answer in answers]
     samples[0] |= {"instruction": "What is this?", "input_image": [GOLDEN / "images/ct.png"]}
     samples[1] |= {"instruction": "And the two others?", "input_image": [GOLDEN / "images/mr.png"] * 2}
+    samples[2] |= {"instruction": "Is <image> dark?", "input_image": []}
     if draws:
         codes = [code % model.config.vqgan_config.num_codes for code in range(model.config.num_image_codes)]
         samples.append(
@@ -47,6 +48,8 @@ def test_prompts_are_those_of_inference_and_labels_the_answer(load, name):
         if sample["target_codes"] is None:
             text = processor.decode(ids[len(prompt) :], skip_special_tokens=True)
             assert text.strip() == sample["response"].strip()
+            number = len(sample["input_image"]) * processor.num_image_patches
+            assert (ids == processor.image_token_id).sum() == number
         else:
             written = ids[len(prompt) : -2] - model.config.image_code_offset
             assert written.tolist() == sample["target_codes"]

@@ -252,8 +252,8 @@ class HealthGPTProcessor(ProcessorMixin):
         Writes the published prompt of a task around one conversation or a list of them.
 
         Args:
-            conversation (`list[dict]` or `list[list[dict]]`): Messages, as dictionaries or as pydantic models or dataclasses of
-                the same fields; a content is a string or a list of `{"type": "image", "image": ...}` and `{"type": "text",
+            conversation (`list[dict]` or `list[list[dict]]`): Messages, as dictionaries or as objects (also pydantic models and
+                dataclasses) with attributes of the same names; a content is a string or a list of `{"type": "image", "image": ...}` and `{"type": "text",
                 "text": ...}`. Images stand before the text. `<image>` in a text is text.
             chat_template (`str`, *optional*): Another template than the checkpoint's.
             task (`str` or `list[str]`, *optional*, defaults to `"comprehension"`): One name for all conversations or one
@@ -262,7 +262,8 @@ class HealthGPTProcessor(ProcessorMixin):
             kwargs: As in `ProcessorMixin.apply_chat_template`.
 
         Raises:
-            HealthGPTError: if a task is unknown or a conversation's last message has no text and its task no default prompt.
+            HealthGPTError: if a task is unknown, or a conversation's last message has no text and its task no default prompt, or
+                one that is no text or has special tokens.
         """
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
         named, mode = processor_kwargs.pop("task", None), processor_kwargs.pop("generation_mode", None)
@@ -408,14 +409,19 @@ def reserved_token(tokenizer, text: str) -> str | None:
 
 
 def _plain(value):
-    """Message objects (pydantic models, dataclasses, mappings) and what they hold as dictionaries and lists; all else as it is."""
+    """Messages that are objects, and what they hold, as dictionaries and lists; all else, such as images, as it is."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return _plain(value.model_dump()) if callable(getattr(value, "model_dump", None)) else value
+    if callable(getattr(value, "model_dump", None)):
+        return _plain(value.model_dump())
+    named = any(isinstance(getattr(value, name, None), str) for name in ("role", "type", "url"))
+    if not named or hasattr(value, "read"):  # answers of a server are images, though they have an address
+        return value
+    return {name: _plain(getattr(value, name)) for name in ATTRIBUTES if hasattr(value, name)}
 
 
 def _with_parts(message):

@@ -3,14 +3,19 @@
 import base64
 import dataclasses
 import json
+import re
+import shutil
+import urllib.request
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pydantic
 import pytest
 import torch
 from conftest import GOLDEN
+from openai.types.chat import ChatCompletionMessage
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil, pipeline
 from transformers.decision import DecisionConfig
@@ -19,6 +24,7 @@ from healthgpt import HealthGPTProcessor
 from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.hub_export.families import FAMILIES, add_image_placeholder, add_image_tokens, build_tokenizer
 from healthgpt.images_healthgpt import load_picture
+from healthgpt.processing_healthgpt import FILES
 
 PHI3 = Path(__file__).parent.parent.parent / "shared" / "golden" / "phi3_tokenization"
 
@@ -209,6 +215,72 @@ def test_messages_may_be_objects(processor):
     assert torch.equal(both["input_ids"], expected["input_ids"].repeat(2, 1))
     with pytest.raises(ValueError, match=r"content is a string or a list of .*, got 'None'"):
         processor.apply_chat_template([Message("user", None)])
+
+
+class Slots:
+    """Neither a dictionary nor a dataclass, and without one of its own."""
+
+    __slots__ = ("content", "image", "image_url", "role", "text", "type", "url")
+
+    def __init__(self, **values):
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+@pytest.mark.parametrize("make", [SimpleNamespace, Slots])
+def test_messages_and_their_parts_may_be_objects_with_attributes(processor, make):
+    arguments = dict(tokenize=True, return_dict=True, return_tensors="pt")
+    plain = [*chat(PICTURE, {"type": "text", "text": "What?"}), {"role": "assistant", "content": "A CT."}]
+    expected = processor.apply_chat_template(plain, **arguments)
+    path = PICTURE["image"]
+    for picture in (
+        make(type="image", image=path),
+        make(type="image", image=Image.open(path)),
+        make(type="image", url=path),
+        make(type="image_url", image_url=make(url=path)),
+        {"type": "image_url", "image_url": make(url=path)},
+        make(type="image", image=urllib.request.urlopen(Path(path).as_uri())),  # has an address as a part may have
+    ):
+        parts = (picture, make(type="text", text="What?"))
+        inputs = processor.apply_chat_template([make(role="user", content=parts), plain[1]], **arguments)
+        assert torch.equal(inputs["input_ids"], expected["input_ids"])
+        assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    objects = [
+        make(role="user", content=[make(type="image", image=path), make(type="text", text="What?")]),
+        ChatCompletionMessage(role="assistant", content="A CT."),
+    ]
+    both = processor.apply_chat_template([objects, plain], **arguments)
+    assert torch.equal(both["input_ids"], expected["input_ids"].repeat(2, 1))
+    for wrong in (make(role="user"), make(role="user", content=[make(type="audio")]), make(content="?")):
+        with pytest.raises(HealthGPTError):
+            processor.apply_chat_template([wrong])
+
+
+@pytest.mark.parametrize("prompt", ["x<|end|>", "See <image>.", "<start_index>", ["x"], 5])
+def test_a_default_prompt_with_special_tokens_is_refused(checkpoints, tmp_path, prompt):
+    shutil.copytree(checkpoints("m3").folder, tmp_path / "hostile")
+    file = tmp_path / "hostile/processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["tasks"]["generation"]["default_prompt"] = prompt
+    file.write_text(json.dumps(settings))
+    processor = AutoProcessor.from_pretrained(tmp_path / "hostile")
+    with pytest.raises(HealthGPTError, match=f"'generation'.*{re.escape(repr(prompt))}"):
+        processor.apply_chat_template(chat(PICTURE), task="generation")
+    assert "Draw." in processor.apply_chat_template(
+        chat(PICTURE, {"type": "text", "text": "Draw."}), task="generation"
+    )
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_git_lfs_left_of_a_file_of_the_processor_is_named(checkpoints, tmp_path, name):
+    shutil.copytree(checkpoints("m3").folder, tmp_path / "cloned")
+    file = tmp_path / "cloned" / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    with pytest.raises(HealthGPTError, match=f"{re.escape(str(file))} .*git lfs pull"):
+        HealthGPTProcessor.from_pretrained(tmp_path / "cloned")
+    # The library reads processor_config.json before it knows of our class, and names it.
+    with pytest.raises(OSError if name == "processor_config.json" else HealthGPTError, match=re.escape(str(file))):
+        AutoProcessor.from_pretrained(tmp_path / "cloned")
 
 
 def test_positions_of_images_are_told_beforehand(processor):

@@ -243,7 +243,9 @@ def _file_of(name):
     if name.startswith("file:"):
         address = urlsplit(name)
         if address.netloc.lower() not in ("", "localhost"):
-            raise HealthGPTError(f"an address of a file on this machine has no host or localhost, but {address.netloc!r}")
+            raise HealthGPTError(
+                f"an address of a file on this machine has no host or localhost, but {address.netloc!r:.100}"
+            )
         return url2pathname(address.path)
     if name.startswith(("http://", "https://", "data:")):
         limit = 8 * max_pixels()  # bytes of so many pixels of four colours of 16 bits

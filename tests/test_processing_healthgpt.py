@@ -366,6 +366,7 @@ def test_images_of_every_kind_are_the_same_image(processor, tmp_path):
             {"bytes": None, "path": str(named)},
             {"bytes": data, "path": "elsewhere.png"},
             named.as_uri(),
+            named.as_uri().replace("file://", "file://localhost"),
             first,
             levels[None],
             first[None].numpy(),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from healthgpt import HealthGPTForConditionalGeneration
 
@@ -62,3 +62,18 @@ def test_unloading_leaves_the_model_as_it_was(load, tmp_path):
     unloaded.save_pretrained(tmp_path)
     again = HealthGPTForConditionalGeneration.from_pretrained(tmp_path)
     assert all(torch.equal(*pair) for pair in zip(logits_of(again), before, strict=True))
+
+
+def test_a_saved_adapter_loads_and_leaves_plugins_as_they_were(load, tmp_path):
+    config = LoraConfig(r=2, target_modules=r".*\.base_layer", init_lora_weights=False)
+    adapted = get_peft_model(load("m3")[0], config)
+    expected = logits_of(adapted.eval())
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load("m3")[0], tmp_path)
+    assert all(torch.equal(*pair) for pair in zip(logits_of(again), expected, strict=True))
+    model, _ = load("m3")
+    plugins = {name: value.clone() for name, value in model.named_parameters() if ".plugins." in name}
+    model.load_adapter(str(tmp_path))
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in plugins.items())
+    for pair in zip(logits_of(model), expected, strict=True):
+        torch.testing.assert_close(*pair, atol=1e-3, rtol=1e-4)

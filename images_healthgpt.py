@@ -355,8 +355,7 @@ def load_picture(image, image_size: int | None = None, input_data_format=None) -
     Raises:
         HealthGPTError: if it is no image, is empty, has too many pixels, or has a side that would vanish.
     """
-    with reading(image):
-        image = _open_picture(image, input_data_format)
+    image = _open_picture(image, input_data_format)
     check_size(*image.size, image_size)
     image = to_rgb_or_greys(image)
     return image if image.mode == "RGB" else _rescale_grey(image)
@@ -391,21 +390,24 @@ def _open_picture(image, input_data_format):
     """A PIL image, read whole, of whatever `load_picture` takes."""
     if isinstance(image, Mapping) and not {"bytes", "path"}.isdisjoint(image):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, Image.Image):
-        check_decoding(image)
-        with library():
-            image.load()
-        return image
-    if is_array(image):
-        return _from_array(image, input_data_format)
-    if isinstance(image, (str, Path)):
-        image = _file_of(str(image))
-    elif isinstance(image, (bytes, bytearray, memoryview)):
-        image = BytesIO(image)
-    elif not hasattr(image, "read"):
-        raise HealthGPTError(ACCEPTED)
-    with open_image(image) as picture:
-        return decode(picture)
+    with reading(image):
+        if isinstance(image, Image.Image):
+            check_decoding(image)
+            with library():
+                image.load()
+            return image
+        if is_array(image):
+            return _from_array(image, input_data_format)
+        if isinstance(image, (str, Path)):
+            file = _file_of(str(image))
+        elif isinstance(image, (bytes, bytearray, memoryview)):
+            file = BytesIO(image)
+        elif hasattr(image, "read"):
+            file = image
+        else:
+            raise HealthGPTError(ACCEPTED)
+        with open_image(file) as picture:
+            return decode(picture)
 
 
 def _file_of(name):

@@ -250,13 +250,13 @@ def _decode_bands(picture, part):
     fields = {tag: tags[tag] for tag in STORED if tag in tags}
     fields = {tag: value if isinstance(value, bytes) else _numbers(tags, tag) for tag, value in fields.items()}
     fields |= {Tag.ImageWidth: (width,)} | ({Tag.RowsPerStrip: (unit,)} if Tag.TileOffsets not in tags else {})
-    step = max(BAND, unit) // part * part
+    check_pixels(width, min(unit, height), "a strip or row of tiles of it")
+    step = max(part, min(max(BAND, unit), max_pixels() // width) // part * part)
     reduced = None
     for top in range(0, height, step):
         bottom = min(top + step, height)
         first, last = top // unit, -(-bottom // unit)
         rows = min(last * unit, height) - first * unit
-        check_pixels(width, rows, "what can only be decoded of it at once")
         places = segments(first, last)
         if sum(size for _, size in places) > 8 * width * rows + 2**20:
             raise HealthGPTError("its strips or tiles have more bytes than their pixels.")

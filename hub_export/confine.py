@@ -38,7 +38,7 @@ def reading(origin: str | Path):
     """
     try:
         yield
-    except HealthGPTError:
+    except CheckpointError:
         raise
     except KeyError as error:
         raise CheckpointError(f"{origin} cannot be used: it lacks the entry {error}.") from error

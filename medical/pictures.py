@@ -26,7 +26,8 @@ def open_picture(path: str | Path, frame: int | None = None) -> Image.Image:
 
     The middle of a volume shows most of it, while the first page of a plain file is what other programs show. No more of a file is
     held in memory than one frame or one slice of a volume, neither of which may have more pixels than the processor takes of an image
-    (67 million, or what the environment variable `HEALTHGPT_MAX_IMAGE_PIXELS` says); a larger JPEG is read at a reduced size.
+    (67 million, or what the environment variable `HEALTHGPT_MAX_IMAGE_PIXELS` says); a larger JPEG, JPEG 2000
+    or TIFF is read at a reduced size.
 
     Args:
         path (`str` or `Path`): A file.

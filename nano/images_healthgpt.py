@@ -271,7 +271,8 @@ def _decode_bands(picture, part):
             reduced = Image.new(band.mode, (-(-width // part), -(-height // part)))
         reduced.paste(band, (0, top // part))
     reduced.getexif()[Tag.Orientation] = tags.get(Tag.Orientation, 1)
-    return ImageOps.exif_transpose(reduced)
+    ImageOps.exif_transpose(reduced, in_place=True)
+    return reduced
 
 
 def _segments(tags, width, height):

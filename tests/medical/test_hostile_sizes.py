@@ -179,9 +179,9 @@ def test_memory_stays_bounded(checkpoints, tmp_path):
         scaled(tmp_path / "scaled.nii.gz", (4000, 4000, 2)): ([4000, 4000], 16 * 5),
         scaled(tmp_path / "line.nii.gz", (2**24, 1, 2)): ([2**24, 1], 16 * 5),
         tiff(tmp_path / "tile.tiff", 64, 64, 9000): ("9000 x 9000", 30),
-        large_tiff(tmp_path / "tiles.tiff", 12000, 12000, tile=256): ([6000, 6000], 36 + 60),
-        large_tiff(tmp_path / "strips.tiff", 12000, 12000, rows=50): ([6000, 6000], 36 + 60),
-        large_tiff(tmp_path / "very_large.tiff", 40000, 30000, tile=512): ([5000, 3750], 19 + 130),
+        large_tiff(tmp_path / "tiles.tiff", 12000, 12000, tile=256): ([6000, 6000], 4 * 36 + 60),
+        large_tiff(tmp_path / "strips.tiff", 12000, 12000, rows=50): ([6000, 6000], 4 * 36 + 60),
+        large_tiff(tmp_path / "very_large.tiff", 40000, 30000, tile=512): ([5000, 3750], 4 * 19 + 130),
         large_tiff(tmp_path / "strip.tiff", 12000, 12000, rows=12000): ("12000 x 12000", 30),
         jpeg_2000(tmp_path / "tiles.jp2", 9000, 9000): ([4500, 4500], 20 + 200),
         tmp_path / "icon.ico": ("icon", 30),
@@ -449,7 +449,52 @@ def test_smaller_copies_in_a_tiff_are_taken(tmp_path, monkeypatch):
     assert open_picture(tmp_path / "pages.tiff").getpixel((0, 0)) == (10, 10, 10)
 
 
+def spoil(monkeypatch, place):
+    """A mistake of programming in a function of the package."""
+
+    def mistaken(*args, **kwargs):
+        raise TypeError("a mistake of programming")
+
+    monkeypatch.setattr(place, mistaken)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("images_healthgpt.check_decoding", "image.png"),
+        ("images_healthgpt._segments", "image.tiff"),
+        ("images_healthgpt.fits", "image.png"),
+        ("images_healthgpt.to_rgb_or_greys", "image.png"),
+        ("medical.pictures.decode", "image.png"),
+        ("medical.dicom.to_greys", "image.dcm"),
+        ("medical.dicom.value_range", "open.dcm"),
+        ("medical.dicom.fits", "jpeg.dcm"),
+        ("medical.nifti.to_greys", "image.nii"),
+        ("medical.nifti.check_extensions", "image.nii"),
+    ],
+)
+def test_a_mistake_of_programming_is_not_shown_as_bad_input(tmp_path, monkeypatch, place, name):
+    noise(30, 20).save(tmp_path / "image.png")
+    noise(30, 20).save(tmp_path / "image.tiff")
+    dicom(tmp_path / "image.dcm", 1, 20, 30)
+    dataset = pydicom.dcmread(tmp_path / "image.dcm")
+    del dataset.WindowCenter
+    dataset.save_as(tmp_path / "open.dcm")
+    compressed(tmp_path / "jpeg.dcm", JPEGBaseline8Bit, grey_image("JPEG", 16))
+    nifti(tmp_path / "image.nii", (6, 5, 4))
+    if name == "image.tiff":
+        monkeypatch.setenv(LIMIT, "150")
+    open_picture(tmp_path / name)
+    spoil(monkeypatch, f"healthgpt.{place}")
+    with pytest.raises(TypeError, match="a mistake of programming"):
+        open_picture(tmp_path / name)
+    if place.startswith("images"):
+        with pytest.raises(TypeError, match="a mistake of programming"):
+            load_picture(str(tmp_path / name))
+
+
 def called_smaller(image, subfile):
+    image = image.copy()
     image.encoderinfo = {"tiffinfo": {254: subfile, 278: 10}}
     return image
 

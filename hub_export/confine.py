@@ -29,7 +29,13 @@ class CheckpointError(HealthGPTError):
 
 @contextmanager
 def reading(origin: str | Path):
-    """Turns whatever a library raises over the content of a file into one sentence that names the file."""
+    """
+    Turns whatever is raised over the content of a file into one sentence that names the file. What does not depend on the content
+    belongs outside, where a mistake of programming stays a traceback.
+
+    Raises:
+        CheckpointError: for any error.
+    """
     try:
         yield
     except CheckpointError:
@@ -72,10 +78,8 @@ def require_confined(folder: Path) -> None:
     """
     if not os.path.isdir(folder):
         raise CheckpointError(f"The folder {folder} does not exist.")
-    with reading(folder):
-        for entry in os.scandir(folder):
-            if entry.is_symlink():
-                inside(folder, entry.name, folder)
+    for name in links(folder):
+        inside(folder, name, folder)
 
 
 def require_no_links(folder: Path) -> None:
@@ -83,13 +87,17 @@ def require_no_links(folder: Path) -> None:
     Raises:
         CheckpointError: if an entry of a folder that is to be changed is a symbolic link.
     """
+    for name in links(folder):
+        raise CheckpointError(
+            f"{folder / name} is a symbolic link, and a folder with links is not changed: make a copy, for example with cp -rL, "
+            "and change that."
+        )
+
+
+def links(folder: Path) -> list[str]:
+    """The names of symbolic links in a folder."""
     with reading(folder):
-        for entry in os.scandir(folder):
-            if entry.is_symlink():
-                raise CheckpointError(
-                    f"{entry.path} is a symbolic link, and a folder with links is not changed: make a copy, for example with "
-                    "cp -rL, and change that."
-                )
+        return [entry.name for entry in os.scandir(folder) if entry.is_symlink()]
 
 
 def require_loadable(folder: Path) -> None:
@@ -108,8 +116,9 @@ def require_loadable(folder: Path) -> None:
     if os.path.isdir(folder / TEMPLATES):
         require_confined(folder / TEMPLATES)
     with reading(folder):
-        for path in (*folder.glob("*.safetensors"), *folder.glob("*.jinja")):
-            require_no_pointer(path)
+        files = [*folder.glob("*.safetensors"), *folder.glob("*.jinja")]
+    for path in files:
+        require_no_pointer(path)
     for path in (*(folder / name for name in SETTINGS), *folder.glob("config.*.json")):
         for name in named_files(read_json(path)) if path.is_file() else ():
             inside(folder, name, path)
@@ -133,10 +142,9 @@ def require_no_pointer(path: Path) -> None:
         CheckpointError: if a file is only what git-lfs leaves of a large one.
     """
     with reading(path), open(path, "rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise CheckpointError(
-                f"{path} is only git-lfs's pointer to the file: get the file itself with git lfs pull."
-            )
+        start = file.read(len(POINTER))
+    if start == POINTER:
+        raise CheckpointError(f"{path} is only git-lfs's pointer to the file: get the file itself with git lfs pull.")
 
 
 def read_json(path: Path) -> dict:

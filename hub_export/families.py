@@ -81,10 +81,11 @@ def build_tokenizer(base: Path) -> PreTrainedTokenizerFast:
         names = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         names = {key: name["content"] if isinstance(name, dict) else name for key, name in names.items() if name}
         tokenizer_class = config["tokenizer_class"].removesuffix("Fast")
-        if tokenizer_class == "LlamaTokenizer":
-            tokenizer = _sentencepiece(base / "tokenizer.model", names.get("unk_token"))
-        else:
-            tokenizer = _byte_level(base, tokenizer_class)
+    if tokenizer_class == "LlamaTokenizer":
+        tokenizer = _sentencepiece(base / "tokenizer.model", names.get("unk_token"))
+    else:
+        tokenizer = _byte_level(base, tokenizer_class)
+    with reading(base / "tokenizer_config.json"):
         for token_id, token in sorted(added.items()):
             tokenizer.add_tokens([token])
             if tokenizer.token_to_id(token.content) != token_id:

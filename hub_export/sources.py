@@ -189,5 +189,5 @@ def check_archive(path: Path) -> None:
         return
     with reading(path), zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"{path} is damaged: its part {damaged} does not have the checksum stored with it.")
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: its part {damaged} does not have the checksum stored with it.")

@@ -253,8 +253,9 @@ def read_record(folder: Path) -> dict:
     path = inside(folder, RECORD_NAME, folder)
     record = read_json(path)
     with reading(path):
-        for name in record["files"]:
-            inside(folder, name, path)
+        names = list(record["files"])
+    for name in names:
+        inside(folder, name, path)
     return record
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import struct
 import threading
 import warnings
 import zlib
@@ -80,24 +81,22 @@ class DicomFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with silence():
+        damaged = "it is damaged"
+        with named(path), silence():
+            with pydicom_says(damaged):
                 self.syntax = read_file_meta_info(path).TransferSyntaxUID
                 tags = [tag_for_keyword(keyword) for keyword in TAGS]
-                if self.syntax.is_deflated:  # read whole, as nothing in it can be found otherwise
-                    self._check_deflated()
+            if self.syntax.is_deflated:  # read whole, as nothing in it can be found otherwise
+                self._check_deflated(damaged)
+                with pydicom_says(damaged):
                     self.data = self.source = dcmread(path, specific_tags=tags)
-                else:  # pixels stay in the file, of which a frame is read when it is wanted
+            else:  # pixels stay in the file, of which a frame is read when it is wanted
+                with pydicom_says(damaged):
                     self.data, self.source = dcmread(path, specific_tags=tags, defer_size=2**16), path
+            with pydicom_says(damaged):
                 self.photometric = self.data.get("PhotometricInterpretation")
                 self.num_frames = int(self.data.get("NumberOfFrames") or 1)
                 self.rows, self.columns = (int(self.data.get(keyword) or 0) for keyword in ("Rows", "Columns"))
-        except HealthGPTError:
-            raise
-        except Exception:
-            # Of any type and cut from its cause: what pydicom raises for a damaged file is not of one kind, and its message may
-            # quote a patient. The sentence below is all that may be said.
-            raise HealthGPTError(f"{str(path)!r} is a DICOM file that cannot be read: it is damaged.") from None
         if not any(keyword in self.data for keyword in PIXELS):
             raise HealthGPTError(
                 f"{str(path)!r} is a DICOM file without pixels: a report, a plan or a directory, say."
@@ -115,37 +114,39 @@ class DicomFile:
             )
         missing = self._missing_decoders()
         check_pixels(self.columns, self.rows, f"{str(self.path)!r} is a DICOM file that cannot be read: a frame")
-        try:
-            with silence():
-                if self.syntax.is_encapsulated:
-                    self._check_compressed(frame)
+        reason = "it is damaged" + (f", or needs a decoder that is not installed: {missing}" if missing else "")
+        damaged = f"its pixels cannot be decoded: {reason}"
+        with named(self.path), silence():
+            if self.syntax.is_encapsulated:
+                self._check_compressed(frame, damaged)
+            with pydicom_says(damaged):
                 values = pixel_array(self.source, index=frame)
-                if self.photometric in GREYS:
-                    return Image.fromarray(self._greys(values, frame))
+            if self.photometric in GREYS:
+                return Image.fromarray(self._greys(values, frame, damaged))
+            with pydicom_says(damaged):
                 depth = self.data.BitsStored
                 if self.photometric == "PALETTE COLOR":
                     values = apply_color_lut(values, self.data)
                     depth = self.data.RedPaletteColorLookupTableDescriptor[2]
                 return Image.fromarray((values >> max(depth - 8, 0)).astype(np.uint8))
-        except HealthGPTError as error:
-            raise HealthGPTError(f"{str(self.path)!r} is a DICOM file that cannot be read: {error}") from None
-        except Exception:  # of any type and cut from its cause, as above: every decoder has types of its own
-            reason = "it is damaged" + (f", or needs a decoder that is not installed: {missing}" if missing else "")
-            raise HealthGPTError(
-                f"{str(self.path)!r} is a DICOM file whose pixels cannot be decoded: {reason}."
-            ) from None
 
-    def _check_compressed(self, frame: int) -> None:
+    def _check_compressed(self, frame: int, damaged: str) -> None:
         """Refuses a compressed frame that, as it says itself, has more pixels than the tags say."""
-        tables = [self.data.get(keyword) or b"" for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
-        if len(tables[0]) != len(tables[1]):  # as pydicom does
-            tables = [b"", b""]
-        with open(self.path, "rb") as file:
+        with pydicom_says(damaged), open(self.path, "rb") as file:
+            tables = [
+                self.data.get(keyword) or b"" for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")
+            ]
+            if len(tables[0]) != len(tables[1]):  # as pydicom does
+                tables = [b"", b""]
             file.seek(self.data.get_item("PixelData", keep_deferred=True).value_tell)
             content = get_frame(
                 file, frame, number_of_frames=self.num_frames, extended_offsets=tables if tables[0] else None
             )
-        if not fits(content, self.syntax, self.rows * self.columns, 3 if self.photometric in COLOURS else 1):
+        try:
+            is_bounded = fits(content, self.syntax, self.rows * self.columns, 3 if self.photometric in COLOURS else 1)
+        except (IndexError, ValueError, struct.error):  # its structure
+            raise HealthGPTError(f"{damaged}.") from None
+        if not is_bounded:
             raise HealthGPTError(
                 f"a compressed frame holds more than the {self.columns} x {self.rows} pixels that its tags say."
             )
@@ -166,49 +167,56 @@ class DicomFile:
             )
         return missing
 
-    def _check_deflated(self) -> None:
+    def _check_deflated(self, damaged: str) -> None:
         """Refuses a deflated file whose content is larger than an image may be."""
         inflater, limit, size = zlib.decompressobj(-zlib.MAX_WBITS), 4 * max_pixels(), 0
         with open(self.path, "rb") as file:
-            file.seek(144 + read_file_meta_info(self.path).FileMetaInformationGroupLength)  # preamble, group length
+            with pydicom_says(damaged):
+                file.seek(
+                    144 + read_file_meta_info(self.path).FileMetaInformationGroupLength
+                )  # preamble, group length
             while (data := inflater.unconsumed_tail or file.read(2**16)) and not inflater.eof:
-                size += len(inflater.decompress(data, 2**20))
+                try:
+                    size += len(inflater.decompress(data, 2**20))
+                except zlib.error:
+                    raise HealthGPTError(f"{damaged}.") from None
                 if size > limit:
                     raise HealthGPTError(
-                        f"{str(self.path)!r} is a deflated DICOM file of more than {limit} bytes, which is not read unless the "
-                        f"environment variable {MAX_PIXELS_VARIABLE} is set to a higher number than {max_pixels()}."
+                        f"it is a deflated DICOM file of more than {limit} bytes, which is not read unless the environment variable "
+                        f"{MAX_PIXELS_VARIABLE} is set to a higher number than {max_pixels()}."
                     )
 
-    def _greys(self, values: np.ndarray, frame: int) -> np.ndarray:
-        tags, shown = self._tags_of(frame), self._tags_of(frame)
-        # The output of a window has 8 bits, whatever the values before it (PS3.3 C.11.2.1.2).
-        for keyword in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"):
-            shown.pop(keyword, None)
-        shown.BitsStored, shown.PixelRepresentation = 8, 0
-        if tags.get("VOILUTSequence"):
-            table = copy.deepcopy(tags.VOILUTSequence[0])
-            entries, first, depth = table.LUTDescriptor
-            table.LUTDescriptor = [entries, first, 16]  # pydicom counts into tables of 8 bits with 8 bits
-            shown.VOILUTSequence = [table]
-            low, high, windowed = 0, 2**depth - 1, True
-        elif has_window(tags):
-            low, high, windowed = 0, 255, True
-        else:
-            low, high = self._range(values, tags)
-            windowed = False
+    def _greys(self, values: np.ndarray, frame: int, damaged: str) -> np.ndarray:
+        with pydicom_says(damaged):
+            tags, shown = self._tags_of(frame), self._tags_of(frame)
+            # The output of a window has 8 bits, whatever the values before it (PS3.3 C.11.2.1.2).
+            for keyword in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"):
+                shown.pop(keyword, None)
+            shown.BitsStored, shown.PixelRepresentation = 8, 0
+            padding = self._padding()
+            low, high = 0, 255
+            windowed = bool(tags.get("VOILUTSequence")) or has_window(tags)
+            if tags.get("VOILUTSequence"):
+                table = copy.deepcopy(tags.VOILUTSequence[0])
+                entries, first, depth = table.LUTDescriptor
+                table.LUTDescriptor = [entries, first, 16]  # pydicom counts into tables of 8 bits with 8 bits
+                shown.VOILUTSequence, high = [table], 2**depth - 1
+
+        def rescaled(strip):
+            with pydicom_says(damaged):
+                return apply_modality_lut(strip, tags)
 
         def convert(strip):
-            strip = apply_modality_lut(strip, tags)
-            return to_greys(apply_voi_lut(strip, shown) if windowed else strip, low, high)
+            strip = rescaled(strip)
+            if windowed:
+                with pydicom_says(damaged):
+                    strip = apply_voi_lut(strip, shown)
+            return to_greys(strip, low, high)
 
+        if not windowed:
+            low, high = value_range(map(rescaled, without(padding, values)))
         greys = in_strips(convert, values)
         return 255 - greys if self.photometric == "MONOCHROME1" else greys
-
-    def _range(self, values: np.ndarray, tags: Dataset) -> tuple[float, float]:
-        """The range of what is no padding, or of all if all is padding."""
-        if all(self._padding(strip).all() for strip in strips(values)):
-            return value_range(apply_modality_lut(strip, tags) for strip in strips(values))
-        return value_range(apply_modality_lut(strip, tags)[~self._padding(strip)] for strip in strips(values))
 
     def _tags_of(self, frame: int) -> Dataset:
         """What the lookup tables need, with the functional groups of the frame, its own before the shared ones."""
@@ -224,13 +232,24 @@ class DicomFile:
                     tags[keyword] = source[keyword]
         return tags
 
-    def _padding(self, values: np.ndarray) -> np.ndarray:
-        """Which stored values are no part of the picture (PS3.3 C.7.5.1.1.2)."""
+    def _padding(self) -> tuple[float, float] | None:
+        """From where to where stored values are no part of the picture (PS3.3 C.7.5.1.1.2)."""
         value, limit = self.data.get("PixelPaddingValue"), self.data.get("PixelPaddingRangeLimit")
         if value is None:
-            return np.zeros(values.shape, bool)
-        ends = value, value if limit is None else limit
-        return (min(ends) <= values) & (values <= max(ends))
+            return None
+        ends = float(value), float(value if limit is None else limit)
+        return min(ends), max(ends)
+
+
+def without(padding: tuple[float, float] | None, values: np.ndarray) -> Iterator[np.ndarray]:
+    """The strips of stored values without those that are padding, or whole if all are."""
+
+    def shown(strip):
+        return ~((padding[0] <= strip) & (strip <= padding[1]))
+
+    if padding is None or not any(shown(strip).any() for strip in strips(values)):
+        return strips(values)
+    return (strip[shown(strip)] for strip in strips(values))
 
 
 def has_window(tags: Dataset) -> bool:
@@ -239,6 +258,29 @@ def has_window(tags: Dataset) -> bool:
         return False
     width = np.ravel(tags.WindowWidth)[0]  # of the first window, if there are several
     return width >= 1 if tags.get("VOILUTFunction", "LINEAR").upper() == "LINEAR" else width > 0
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong with it."""
+    try:
+        yield
+    except HealthGPTError as error:
+        raise HealthGPTError(f"{str(path)!r} is a DICOM file that cannot be read: {error}") from None
+
+
+@contextmanager
+def pydicom_says(damaged: str) -> Iterator[None]:
+    """
+    Calls of pydicom and its decoders, and the reading of its tags, whose values it converts then.
+
+    Raises:
+        HealthGPTError: `damaged`, for whatever they raise: it is not of one kind, and cut off, as it may quote a patient.
+    """
+    try:
+        yield
+    except Exception:
+        raise HealthGPTError(f"{damaged}.") from None
 
 
 @contextmanager

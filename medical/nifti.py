@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel
@@ -19,7 +20,7 @@ from .greys import STRIP, to_greys, value_range
 
 MAX_EXTENSIONS = 2**24  # bytes before the voxels
 # What reading raises for a header or values that are damaged.
-UNREADABLE = (EOFError, MemoryError, OSError, OverflowError, ValueError, zlib.error)
+UNREADABLE = (ImageFileError, HeaderDataError, EOFError, MemoryError, OSError, OverflowError, ValueError, zlib.error)
 
 
 class NiftiFile:
@@ -45,16 +46,16 @@ class NiftiFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        with named(path):
             check_extensions(path)
-            # The file stays open, as one that is compressed can only be read from its start.
-            self.image = nibabel.load(path, keep_file_open=True)
-            shape = self.image.shape
+            with nibabel_says():
+                # The file stays open, as one that is compressed can only be read from its start.
+                self.image = nibabel.load(path, keep_file_open=True)
+                shape, directions = self.image.shape, io_orientation(self.image.affine)
             if len(shape) not in (3, 4) or 0 in shape:
                 raise HealthGPTError(f"its shape is {shape}, and three or four dimensions are needed.")
             if self.image.get_data_dtype().kind not in "iuf":
                 raise HealthGPTError("its voxels are colours or complex numbers.")
-            directions = io_orientation(self.image.affine)
             if np.isnan(directions).any():
                 raise HealthGPTError("its affine gives one of its axes no direction.")
             # Which axis of the file goes to the right, to the front and to the head, and whether it does so backwards.
@@ -63,8 +64,6 @@ class NiftiFile:
             right, front, head = self.axes
             check_pixels(shape[right], shape[front], "a slice")
             check_pixels(shape[0], shape[1], "a slab")
-        except (ImageFileError, HeaderDataError, *UNREADABLE) as error:
-            raise self._unreadable(str(error)) from error
         self.num_frames = shape[head]
         self.default_frame = self.num_frames // 2
 
@@ -73,7 +72,7 @@ class NiftiFile:
         index = self.num_frames - 1 - frame if self.backwards[2] else frame
         shape = self.image.shape
         greys = np.empty([size for axis, size in enumerate(shape[:3]) if axis != head], np.uint8)
-        try:
+        with named(self.path):
             low, high = (float(self.image.header[name]) for name in ("cal_min", "cal_max"))
             if not low < high:
                 low, high = value_range(piece for _, piece in self._pieces(range(shape[2])))
@@ -81,8 +80,6 @@ class NiftiFile:
                 at = place.pop(head)
                 if at.start <= index < at.stop:
                     greys[tuple(place)] = to_greys(piece.take(index - at.start, head), low, high)
-        except UNREADABLE as error:
-            raise self._unreadable(str(error)) from error
         values = greys.T if right > front else greys
         values = values[:: -1 if self.backwards[0] else 1, :: -1 if self.backwards[1] else 1]
         # (right, front) -> rows from front to back, columns from right to left
@@ -103,11 +100,28 @@ class NiftiFile:
                         slice(top, min(top + rows, height)),
                         slice(slab, slab + 1),
                     ]
-                    yield place, np.asanyarray(self.image.dataobj[(*place, 0)[: self.image.ndim]])
+                    with nibabel_says():
+                        piece = np.asanyarray(self.image.dataobj[(*place, 0)[: self.image.ndim]])
+                    yield place, piece
 
-    def _unreadable(self, reason: str) -> HealthGPTError:
-        reason = " ".join(reason.split()).rstrip(".")
-        return HealthGPTError(f"{str(self.path)!r} is not a NIfTI volume that can be read: {reason}.")
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong with it."""
+    try:
+        yield
+    except HealthGPTError as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise HealthGPTError(f"{str(path)!r} is not a NIfTI volume that can be read: {reason}.") from error
+
+
+@contextmanager
+def nibabel_says() -> Iterator[None]:
+    """Calls of nibabel: a header or values that are damaged are a HealthGPTError."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise HealthGPTError(str(error)) from error
 
 
 def check_extensions(path: Path) -> None:
@@ -117,7 +131,7 @@ def check_extensions(path: Path) -> None:
     Raises:
         HealthGPTError: if its voxels begin far from its start.
     """
-    with ImageOpener(path) as file:
+    with nibabel_says(), ImageOpener(path) as file:
         header = file.read(540)
     for order in "<>":
         for size, place, kind in ((348, 108, "f"), (540, 168, "q")):  # NIfTI-1 and NIfTI-2

@@ -1,17 +1,16 @@
 """The one way from a file to a picture, whatever its format, and plain pictures."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..errors_healthgpt import HealthGPTError
-from ..images_healthgpt import check_icon, fit, load_picture, max_pixels, reason_of
+from ..images_healthgpt import check_decoding, decode, library, load_picture, open_image, reading
 from ..refusals import extras
 from .greys import in_strips, strips, to_greys, value_range
 
+UNKNOWN = "it is neither DICOM nor NIfTI nor of a format that Pillow knows"
 DRAWN_OVER = ("FLI", "GIF", "PNG")  # formats of which Pillow decodes all frames before the wanted one
 
 
@@ -27,7 +26,8 @@ def open_picture(path: str | Path, frame: int | None = None) -> Image.Image:
 
     The middle of a volume shows most of it, while the first page of a plain file is what other programs show. No more of a file is
     held in memory than one frame or one slice of a volume, neither of which may have more pixels than the processor takes of an image
-    (67 million, or what the environment variable `HEALTHGPT_MAX_IMAGE_PIXELS` says); a larger JPEG is read at a reduced size.
+    (67 million, or what the environment variable `HEALTHGPT_MAX_IMAGE_PIXELS` says); a larger JPEG, JPEG 2000
+    or TIFF is read at a reduced size.
 
     Args:
         path (`str` or `Path`): A file.
@@ -93,35 +93,23 @@ class PlainFile:
 
     def __init__(self, path: Path):
         self.path = path
-        with reading(path) as image:
+        with reading(path, UNKNOWN), open_image(path) as image, library():
             self.num_frames = getattr(image, "n_frames", 1)
 
     def picture(self, frame: int) -> Image.Image:
-        with reading(self.path) as image:
-            for number in range(frame + 1) if image.format in DRAWN_OVER else (frame,):
-                image.seek(number)
-                fit(image)
-            image.load()
+        with reading(self.path, UNKNOWN), open_image(self.path) as image:
+            for number in range(frame) if image.format in DRAWN_OVER else ():
+                with library():
+                    image.seek(number)
+                check_decoding(image)
+            with library():
+                image.seek(frame)
+            image = decode(image)
             low, high = image.getextrema() if image.mode == "I" else (0, 0)
             if image.mode == "F" or low < 0 or high > 65535:
                 values = np.asarray(image)
                 low, high = value_range(strips(values))
                 return Image.fromarray(in_strips(lambda strip: to_greys(strip, low, high), values))
-            picture = load_picture(image)
-            picture.info.clear()
-            return picture
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[Image.Image]:
-    """A file opened by Pillow; whatever is wrong with it becomes one sentence."""
-    max_pixels()  # raises Pillow's limit
-    try:
-        check_icon(path)
-        with Image.open(path) as image:
-            yield image
-    except Exception as error:  # Pillow's readers raise a dozen types for what they cannot read
-        reason = reason_of(error)
-        if isinstance(error, UnidentifiedImageError):
-            reason = "it is neither DICOM nor NIfTI nor of a format that Pillow knows"
-        raise HealthGPTError(f"{str(path)!r} is not a picture that can be read: {reason}.") from error
+        picture = load_picture(image)
+        picture.info.clear()
+        return picture

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from healthgpt.app.common import load, require_checkpoint
 from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.hub_export import CheckpointError, export, push
+from healthgpt.hub_export.families import build_tokenizer
 from healthgpt.hub_export.plugins import add_plugin, extract_plugin, list_plugins
+from healthgpt.hub_export.write import read_record
 
 INDEX, PLUGIN_FILE = "model.safetensors.index.json", "model-plugin_generation-00001-of-00001.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -310,3 +312,24 @@ def test_a_damaged_or_missing_shard_is_named(folder, tmp_path):
             with pytest.raises(CheckpointError, match=PLUGIN_FILE):
                 call(tmp_path / "damaged")
         shutil.rmtree(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [
+        ("confine.inside", lambda folder, sources: list_plugins(folder)),
+        ("confine.require_no_pointer", lambda folder, sources: list_plugins(folder)),
+        ("write.inside", lambda folder, sources: read_record(folder)),
+        ("families._sentencepiece", lambda folder, sources: build_tokenizer(sources)),
+    ],
+)
+def test_a_mistake_of_programming_is_not_shown_as_a_bad_file(folder, monkeypatch, place, call):
+    (folder / "link.txt").symlink_to("config.json")  # within the folder
+    call(folder, GOLDEN / "m3/base")
+
+    def mistaken(*args):
+        raise TypeError("a mistake of programming")
+
+    monkeypatch.setattr(f"healthgpt.hub_export.{place}", mistaken)
+    with pytest.raises(TypeError, match="a mistake of programming"):
+        call(folder, GOLDEN / "m3/base")

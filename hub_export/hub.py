@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..configuration_healthgpt import HealthGPTConfig
+from ..locks import alone
 from .card import rewrite_card
 from .confine import CheckpointError, inside, read_json, reading, require_no_links
 from .plan import ExportSources
@@ -136,9 +137,16 @@ def push(folder: Path, repository: str, public: bool = False, create_pr: bool = 
         `str`: Where the upload can be seen.
 
     Raises:
+        HealthGPTError: if another command changes the checkpoint.
         CheckpointError: if a file is missing or not in the folder itself, or the Hub refuses or cannot be reached.
     """
     folder = Path(folder)
+    with alone(folder):
+        return upload(folder, repository, public, create_pr)
+
+
+def upload(folder: Path, repository: str, public: bool, create_pr: bool) -> str:
+    """Uploads a checkpoint that nobody else changes; see [`push`]."""
     require_no_links(folder)  # nor is anything uploaded through them
     record = read_record(folder)
     files = record["files"]

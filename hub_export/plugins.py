@@ -7,6 +7,7 @@ A plugin alone is a folder with `plugin.safetensors`, whose tensors have the nam
 
 import hashlib
 import os
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 
 from ..configuration_healthgpt import HealthGPTConfig, TaskConfig
 from ..conversations import reserved_token
+from ..locks import alone
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from . import rules
 from .card import build_card, rewrite_card
@@ -72,48 +74,61 @@ def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = Fal
             `hlora_weights.bin`, and `fusion_layer_weights.bin` if the task has token tables of its own.
 
     Raises:
+        HealthGPTError: if another command changes the checkpoint or writes the output, or the folder around it does not exist.
         CheckpointError: if there is no such task, it cannot be taken out, a tensor of it is missing, or the output exists or
-            cannot be made; then the checkpoint is as it was.
+            cannot be made. In both cases the checkpoint is as it was.
     """
-    config, weight_map = read_checkpoint(checkpoint)
-    with writing(output):
-        exists = os.path.lexists(output)
-        if not output.parent.is_dir():
-            raise CheckpointError(f"The folder {output.parent} does not exist.")
-    if remove:
-        require_changeable(checkpoint, config, set(weight_map.values()) - {plugin_file(task)})
-    if task not in config.tasks:
-        if not (remove and exists and is_begun(checkpoint, task, output, config)):
-            raise CheckpointError(f"{checkpoint} has no task {task!r}; it has {', '.join(config.tasks)}.")
-        take_out(checkpoint, task, config, weight_map)
-        return
-    if exists and not remove:
-        raise CheckpointError(f"{output} exists already.")
-    owned = parts_of_task(config, task).keys()
-    copied, tables = set(owned), config.tasks[task].token_tables
-    if published and tables is not None:  # other tasks may use them too
-        copied |= {f"model.token_embeddings.{tables}.weight", f"token_heads.{tables}.weight"}
-    missing = sorted(copied - weight_map.keys())
+    with alone(checkpoint) if remove else nullcontext():
+        config, weight_map = read_checkpoint(checkpoint)
+        with writing(output):
+            exists = os.path.lexists(output)
+        if remove:
+            require_changeable(checkpoint, config, set(weight_map.values()) - {plugin_file(task)})
+        if task not in config.tasks:
+            if not (remove and exists and is_begun(checkpoint, task, output, config)):
+                raise CheckpointError(f"{checkpoint} has no task {task!r}; it has {', '.join(config.tasks)}.")
+            take_out(checkpoint, task, config, weight_map)
+            return
+        if exists and not remove:
+            raise CheckpointError(f"{output} exists already.")
+        copied = names_of_plugin(checkpoint, task, config, weight_map, published)
+        if remove:
+            require_separate(checkpoint, task, config, weight_map)
+        tensors = {}
+        for file in {weight_map[name] for name in copied}:
+            tensors |= read_whole(checkpoint / file, [name for name in copied if weight_map[name] == file])
+        if not exists:
+            save_plugin(output, task, config.tasks[task], tensors, published)
+        elif not is_kept(output, task, tensors):
+            raise CheckpointError(f"{output} exists already and holds something else than this plugin.")
+        if remove:
+            take_out(checkpoint, task, config, weight_map)
+
+
+def names_of_plugin(
+    checkpoint: Path, task: str, config: HealthGPTConfig, weight_map: dict[str, str], published: bool
+) -> set[str]:
+    """
+    Names of the tensors that a plugin is made of: what its task owns, and if it is published token tables that others use too.
+
+    Raises:
+        CheckpointError: if the index lacks one of them.
+    """
+    names, tables = set(parts_of_task(config, task)), config.tasks[task].token_tables
+    if published and tables is not None:
+        names |= {f"model.token_embeddings.{tables}.weight", f"token_heads.{tables}.weight"}
+    missing = sorted(names - weight_map.keys())
     if missing:
         raise CheckpointError(f"The index of {checkpoint} lacks {list_names(missing)} of task {task!r}.")
-    if remove:
-        require_separate(checkpoint, task, config, weight_map, owned)
-    tensors = {}
-    for file in {weight_map[name] for name in copied}:
-        tensors |= read_whole(checkpoint / file, [name for name in copied if weight_map[name] == file])
-    if not exists:
-        save_plugin(output, task, config.tasks[task], tensors, published)
-    elif not is_kept(output, task, tensors):
-        raise CheckpointError(f"{output} exists already and holds something else than this plugin.")
-    if remove:
-        take_out(checkpoint, task, config, weight_map)
+    return names
 
 
-def require_separate(checkpoint: Path, task: str, config: HealthGPTConfig, weight_map: dict[str, str], owned) -> None:
+def require_separate(checkpoint: Path, task: str, config: HealthGPTConfig, weight_map: dict[str, str]) -> None:
     """
     Raises:
         CheckpointError: if a task cannot be taken out, since its weights are not in a file of their own or it is the last.
     """
+    owned = parts_of_task(config, task).keys()
     files = {weight_map[name] for name in owned}
     if files != {plugin_file(task)} or read_file(checkpoint / plugin_file(task)).keys() != owned:
         raise CheckpointError(
@@ -127,7 +142,7 @@ def require_separate(checkpoint: Path, task: str, config: HealthGPTConfig, weigh
 def save_plugin(output: Path, task: str, settings: TaskConfig, tensors: dict[str, torch.Tensor], published: bool):
     """Makes the folder of a plugin, which has its name only once it is whole."""
     partial = output.with_name(f".{output.name}.partial")
-    with writing(output, partial):
+    with alone(output), writing(output, partial):
         discard(partial)
         partial.mkdir()
         if published:
@@ -193,45 +208,49 @@ def add_plugin(
         fusion (`Path`, *optional*): `fusion_layer_weights.bin` with token tables of its own, for a published file too.
 
     Raises:
-        CheckpointError: if the plugin does not fit the checkpoint, or there is a task of that name; then the checkpoint
+        HealthGPTError: if another command changes the checkpoint.
+        CheckpointError: if the plugin does not fit the checkpoint, or there is a task of that name. In both cases the checkpoint
             is as it was.
     """
-    config, weight_map = read_checkpoint(checkpoint)
-    if os.path.isfile(plugin):
-        name, task, tensors = read_published(plugin, name, kind, alpha, fusion, config)
-        sources = [plugin] if fusion is None else [plugin, fusion]
-    elif (kind, alpha, fusion) != (None, None, None):
-        raise CheckpointError("A kind, an alpha and a fusion layer go with a published file: a folder has its own.")
-    else:
-        name, task, tensors = read_plugin(plugin, name, config)
-        sources = [plugin / WEIGHTS_NAME]
-    if name in config.tasks and not replace:
-        raise CheckpointError(
-            f"{checkpoint} has a task {name!r} already: give the plugin another name (--name), or let it take its place (--replace)."
-        )
-    replaced = {key for key in weight_map if task_of(key, config) == name}
-    if any(weight_map[key] != plugin_file(name) for key in replaced):
-        raise CheckpointError(
-            f"Task {name!r} shares its weight file with other parts of {checkpoint} and cannot be replaced."
-        )
-    with reading(plugin):
-        grown = HealthGPTConfig.from_dict(
-            {**config.to_dict(), "tasks": {**config.to_dict()["tasks"], name: asdict(task)}}
-        )
-        expected = parts_of_task(grown, name)
-    require_fitting(plugin, checkpoint, tensors, expected, grown.text_config.num_hidden_layers)
-    require_plain_prompt(plugin, checkpoint, task)
-    others = set(weight_map.values()) - {plugin_file(name)}
-    require_changeable(checkpoint, config, others)
-    # Token tables of the old plugin that other tasks use by now stay where they are.
-    kept = [key for key, file in weight_map.items() if file == plugin_file(name) and key not in replaced]
-    tensors |= read_whole(checkpoint / plugin_file(name), kept) if kept else {}
-    unfinished = checkpoint / f"{plugin_file(name)}.unfinished"
-    with writing(checkpoint, unfinished):
-        save_tensors(tensors, unfinished)
-        unfinished.rename(checkpoint / plugin_file(name))
-        tasks = {key: asdict(value) for key, value in grown.tasks.items()}
-        update(checkpoint, others | {plugin_file(name)}, tasks, sources)
+    with alone(checkpoint):
+        config, weight_map = read_checkpoint(checkpoint)
+        if os.path.isfile(plugin):
+            name, task, tensors = read_published(plugin, name, kind, alpha, fusion, config)
+            sources = [plugin] if fusion is None else [plugin, fusion]
+        elif (kind, alpha, fusion) != (None, None, None):
+            raise CheckpointError(
+                "A kind, an alpha and a fusion layer go with a published file: a folder has its own."
+            )
+        else:
+            name, task, tensors = read_plugin(plugin, name, config)
+            sources = [plugin / WEIGHTS_NAME]
+        if name in config.tasks and not replace:
+            raise CheckpointError(
+                f"{checkpoint} has a task {name!r} already: give the plugin another name (--name), or let it take its place (--replace)."
+            )
+        replaced = {key for key in weight_map if task_of(key, config) == name}
+        if any(weight_map[key] != plugin_file(name) for key in replaced):
+            raise CheckpointError(
+                f"Task {name!r} shares its weight file with other parts of {checkpoint} and cannot be replaced."
+            )
+        with reading(plugin):
+            grown = HealthGPTConfig.from_dict(
+                {**config.to_dict(), "tasks": {**config.to_dict()["tasks"], name: asdict(task)}}
+            )
+            expected = parts_of_task(grown, name)
+        require_fitting(plugin, checkpoint, tensors, expected, grown.text_config.num_hidden_layers)
+        require_plain_prompt(plugin, checkpoint, task)
+        others = set(weight_map.values()) - {plugin_file(name)}
+        require_changeable(checkpoint, config, others)
+        # Token tables of the old plugin that other tasks use by now stay where they are.
+        kept = [key for key, file in weight_map.items() if file == plugin_file(name) and key not in replaced]
+        tensors |= read_whole(checkpoint / plugin_file(name), kept) if kept else {}
+        unfinished = checkpoint / f"{plugin_file(name)}.unfinished"
+        with writing(checkpoint, unfinished):
+            save_tensors(tensors, unfinished)
+            unfinished.rename(checkpoint / plugin_file(name))
+            tasks = {key: asdict(value) for key, value in grown.tasks.items()}
+            update(checkpoint, others | {plugin_file(name)}, tasks, sources)
 
 
 def shapes_of(config: HealthGPTConfig) -> dict[str, torch.Size]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import termios
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 import pytest
@@ -165,6 +166,28 @@ def test_plugins_are_listed_taken_out_and_put_in(healthgpt, folder, tmp_path):
     )
     again = healthgpt("plugin", "add", tmp_path / "checkpoint", tmp_path / "p", "--name", "ct_to_mri")
     assert again.returncode == 1 and "has a task 'ct_to_mri' already" in again.stderr
+
+
+def test_of_plugins_that_are_added_and_taken_out_at_once_none_is_lost(healthgpt, folder, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(folder, checkpoint)
+    assert healthgpt("plugin", "extract", folder, "generation", "-o", tmp_path / "plugin").returncode == 0
+    commands = {name: ("add", checkpoint, tmp_path / "plugin", "--name", name) for name in ("one", "two", "three")} | {
+        "generation": ("extract", checkpoint, "generation", "-o", tmp_path / "out", "--remove")
+    }
+    with ThreadPoolExecutor() as pool:
+        results = dict(
+            zip(commands, pool.map(lambda each: healthgpt("plugin", *each), commands.values()), strict=True)
+        )
+    done = {name for name, result in results.items() if result.returncode == 0}
+    refused = [result.stderr for name, result in results.items() if name not in done]
+    assert done and all(f"Error: Another command is changing {checkpoint}: " in text for text in refused), refused
+    expected = {"comprehension"} | {name for name in results if (name in done) != (name == "generation")}
+    listed = json.loads(healthgpt("plugin", "list", checkpoint, "--json").stdout)
+    assert listed.keys() == expected and all(plugin["tensors"] for plugin in listed.values())
+    record = json.loads((checkpoint / "healthgpt_export.json").read_text())
+    assert set(record["files"]) == {path.name for path in checkpoint.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint", "plugin", "out"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import fnmatch
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +58,8 @@ def fetch(sources: ExportSources, headers: Path | None = None) -> ExportSources:
     for field in fields(sources):
         name = str(getattr(sources, field.name))
         is_folder = field.name in ("base", "vision")
-        if is_folder and not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        if is_folder and not name.startswith("hf://") and not os.path.exists(name):
+            require_folder_or_repository(name.partition("@")[0])
             name = f"hf://{name}"
         if name.startswith("hf://"):
             try:
@@ -111,6 +111,21 @@ def fetch_file(uri) -> Path:
         return Path(hf_hub_download(uri.id, uri.path_in_repo, revision=uri.revision))
 
 
+def require_folder_or_repository(name: str) -> None:
+    """
+    Raises:
+        CheckpointError: if there is no folder of a name, and no repository can have it: it has no user, or is a path such as `./name`.
+    """
+    if not os.path.isdir(name):
+        try:
+            validate_repo_id(name)
+            is_repository = "/" in name
+        except HFValidationError:
+            is_repository = False
+        if not is_repository:
+            raise CheckpointError(f"There is no folder {name}, and a Hub repository is written user/name.")
+
+
 def require_repository(name: str) -> None:
     """
     Raises:
@@ -147,6 +162,8 @@ def push(folder: Path, repository: str, public: bool = False, create_pr: bool = 
 
 def upload(folder: Path, repository: str, public: bool, create_pr: bool) -> str:
     """Uploads a checkpoint that nobody else changes; see [`push`]."""
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"The folder {folder} does not exist.")
     require_no_links(folder)  # nor is anything uploaded through them
     record = read_record(folder)
     files = record["files"]

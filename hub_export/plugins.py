@@ -315,9 +315,9 @@ def read_plugin(
     folder: Path, name: str | None, config: HealthGPTConfig
 ) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
     """Name, settings and tensors of a plugin that lies alone, under the new name if there is one."""
+    require_confined(folder)
     if not os.path.isfile(folder / CONFIG_NAME):
         raise CheckpointError(f"{folder} is no plugin: it has no {CONFIG_NAME}.")
-    require_confined(folder)
     content = read_json(folder / CONFIG_NAME)
     with reading(folder / CONFIG_NAME):
         old, task = content["name"], TaskConfig(**content["task"])
@@ -394,9 +394,9 @@ def read_whole(file: Path, names: list[str] | None = None) -> dict[str, torch.Te
 
 def read_checkpoint(checkpoint: Path) -> tuple[HealthGPTConfig, dict[str, str]]:
     """Configuration of a checkpoint and the file that each of its tensors lies in."""
+    require_confined(checkpoint)
     if not os.path.isfile(checkpoint / "config.json"):
         raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
-    require_confined(checkpoint)
     settings = read_json(checkpoint / "config.json")
     if settings.get("model_type") != HealthGPTConfig.model_type:
         raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint.")

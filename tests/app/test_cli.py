@@ -198,7 +198,7 @@ def test_of_plugins_that_are_added_and_taken_out_at_once_none_is_lost(healthgpt,
         (["ask", "-c", "FOLDER", ""], "a question or instruction, is empty"),
         (["ask", "-c", "FOLDER", GOLDEN / "m3/cases.json", "What?"], "is not a picture that can be read"),
         (["ask", "-c", "FOLDER", "--task", "generation", "What?"], "no task 'generation' that answers in words"),
-        (["ask", "-c", "nowhere", "What?"], "nowhere is neither a folder nor a Hub repository"),
+        (["ask", "-c", "nowhere", "What?"], "There is no folder nowhere, and a Hub repository is written user/name"),
         (["ask", "-c", "user/nowhere", "What?"], r"couldn't connect to .* Check your internet connection .*mode'\.$"),
         (["ask", "-c", "FOLDER", "--dtype", "int3", "What?"], "There is no dtype 'int3'"),
         (["ask", "-c", "FOLDER", "word " * 5000], "the model's window is 4096 tokens"),
@@ -297,7 +297,7 @@ def test_a_mistake_leaves_no_traceback_and_help_needs_no_torch():
     healthgpt = "from healthgpt.app.cli import main; main()"
     result = run(healthgpt, "ask", "-c", "nowhere", "What?")
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "Error: nowhere is neither a folder nor a Hub repository, which is written user/name.\n"
+    assert result.stderr == "Error: There is no folder nowhere, and a Hub repository is written user/name.\n"
     assert run(healthgpt, "--version").stdout == f"healthgpt {version('healthgpt')}\n"
     script = "import sys; from healthgpt.app import cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert run(script).stdout == "False False\n"

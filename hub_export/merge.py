@@ -51,6 +51,7 @@ from .write import (
     read_record,
     require_files,
     split_into_shards,
+    task_of,
     verify_shard,
     write_index,
     write_json,
@@ -251,8 +252,12 @@ def require_space(plan: Plan, folder: Path, quantize: str | None) -> None:
 
 
 def check_sources(plan: Plan, progress: Callable[[str, int], Advance]) -> list[dict]:
-    """Reads every source file whole: the checksums inside PyTorch files, and its SHA-256 for the record."""
+    """
+    Reads every source file whole: the checksums inside PyTorch files, and its SHA-256 for the record, which also says to which tasks'
+    plugins it belongs.
+    """
     advance = progress("Checking", sum(path.stat().st_size for path in plan.origins))
+    owners = {(transfer.tensor.origin, task_of(transfer.target, plan.config)) for transfer in plan.transfers}
     records = []
     for path in plan.origins:
         check_archive(path)
@@ -265,7 +270,8 @@ def check_sources(plan: Plan, progress: Callable[[str, int], Advance]) -> list[d
         promised = name_of_blob(path)
         if len(promised) == 64 and promised != sha256:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is {sha256}, but the Hub has {promised}.")
-        records.append({"file": name_of(path), "bytes": path.stat().st_size, "sha256": sha256})
+        tasks = sorted(task for origin, task in owners if origin == path and task is not None)
+        records.append({"file": name_of(path), "bytes": path.stat().st_size, "sha256": sha256, "tasks": tasks})
     return records
 
 

@@ -2,7 +2,7 @@
 Plugins of an exported checkpoint, each in a weight file of its own: listed, copied out, taken out, put in.
 
 A plugin alone is a folder with `plugin.safetensors`, whose tensors have the names of the checkpoint, and
-`plugin_config.json` with its task's name and settings. The shared weight files are never rewritten.
+`plugin_config.json` with its task's name, settings and, if they are known, sources. The shared weight files are never rewritten.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from . import rules
 from .card import build_card, rewrite_card
 from .confine import INDEX_NAME, CheckpointError, inside, read_json, reading, require_confined, require_no_links
+from .merge import name_of
 from .plan import KINDS, checkpoint_name, is_finite, list_names, task_config, transfers_of
 from .sources import read_file, read_index
 from .write import (
@@ -98,7 +99,7 @@ def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = Fal
         for file in {weight_map[name] for name in copied}:
             tensors |= read_whole(checkpoint / file, [name for name in copied if weight_map[name] == file])
         if not exists:
-            save_plugin(output, task, config.tasks[task], tensors, published)
+            save_plugin(output, task, config.tasks[task], tensors, sources_of(checkpoint, task), published)
         elif not is_kept(output, task, tensors):
             raise CheckpointError(f"{output} exists already and holds something else than this plugin.")
         if remove:
@@ -139,7 +140,14 @@ def require_separate(checkpoint: Path, task: str, config: HealthGPTConfig, weigh
         raise CheckpointError(f"Task {task!r} is the only one of {checkpoint} and cannot be taken out.")
 
 
-def save_plugin(output: Path, task: str, settings: TaskConfig, tensors: dict[str, torch.Tensor], published: bool):
+def save_plugin(
+    output: Path,
+    task: str,
+    settings: TaskConfig,
+    tensors: dict[str, torch.Tensor],
+    sources: list[dict],
+    published: bool,
+) -> None:
     """Makes the folder of a plugin, which has its name only once it is whole."""
     partial = output.with_name(f".{output.name}.partial")
     with alone(output), writing(output, partial):
@@ -149,7 +157,7 @@ def save_plugin(output: Path, task: str, settings: TaskConfig, tensors: dict[str
             for file, content in published_files(task, settings.token_tables, tensors).items():
                 torch.save(content, partial / file)
         else:
-            write_plugin(partial, task, asdict(settings), tensors)
+            write_plugin(partial, task, asdict(settings), tensors, sources)
         partial.rename(output)
 
 
@@ -216,14 +224,13 @@ def add_plugin(
         config, weight_map = read_checkpoint(checkpoint)
         if os.path.isfile(plugin):
             name, task, tensors = read_published(plugin, name, kind, alpha, fusion, config)
-            sources = [plugin] if fusion is None else [plugin, fusion]
+            sources = [as_source(path, name) for path in (plugin, fusion) if path is not None]
         elif (kind, alpha, fusion) != (None, None, None):
             raise CheckpointError(
                 "A kind, an alpha and a fusion layer go with a published file: a folder has its own."
             )
         else:
-            name, task, tensors = read_plugin(plugin, name, config)
-            sources = [plugin / WEIGHTS_NAME]
+            name, task, tensors, sources = read_plugin(plugin, name, config)
         if name in config.tasks and not replace:
             raise CheckpointError(
                 f"{checkpoint} has a task {name!r} already: give the plugin another name (--name), or let it take its place (--replace)."
@@ -313,8 +320,8 @@ def require_plain_prompt(plugin: Path, checkpoint: Path, task: TaskConfig) -> No
 
 def read_plugin(
     folder: Path, name: str | None, config: HealthGPTConfig
-) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
-    """Name, settings and tensors of a plugin that lies alone, under the new name if there is one."""
+) -> tuple[str, TaskConfig, dict[str, torch.Tensor], list[dict]]:
+    """Name, settings, tensors and sources of a plugin that lies alone, under the new name if there is one."""
     require_confined(folder)
     if not os.path.isfile(folder / CONFIG_NAME):
         raise CheckpointError(f"{folder} is no plugin: it has no {CONFIG_NAME}.")
@@ -331,7 +338,17 @@ def read_plugin(
         task.token_tables = tables
     for before, after in names.items():
         tensors = {key.replace(before, after): tensor for key, tensor in tensors.items()}
-    return name, task, tensors
+    with reading(folder / CONFIG_NAME):
+        sources = [
+            {
+                "file": str(source["file"]),
+                "bytes": int(source["bytes"]),
+                "sha256": str(source["sha256"]),
+                "tasks": [name],
+            }
+            for source in content.get("sources", ())
+        ]
+    return name, task, tensors, sources or [as_source(folder / WEIGHTS_NAME, name)]
 
 
 def read_published(
@@ -372,10 +389,13 @@ def published_files(task: str, tables: str | None, tensors: dict) -> dict[str, d
     return {PUBLISHED_NAME: plugin} | ({FUSION_NAME: fusion} if fusion else {})
 
 
-def write_plugin(folder: Path, name: str, task: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes the two files of a plugin that lies alone."""
+def write_plugin(
+    folder: Path, name: str, task: dict, tensors: dict[str, torch.Tensor], sources: list[dict] | None = None
+) -> None:
+    """Writes the two files of a plugin that lies alone, with its sources if they are known."""
     save_tensors(tensors, folder / WEIGHTS_NAME)
-    write_json(folder / CONFIG_NAME, {"name": name, "task": task})
+    known = {"sources": sources} if sources else {}
+    write_json(folder / CONFIG_NAME, {"name": name, "task": task, **known})
 
 
 def read_whole(file: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
@@ -422,21 +442,29 @@ def require_changeable(checkpoint: Path, config: HealthGPTConfig, files: set[str
         record = read_record(checkpoint)
         with reading(checkpoint / RECORD_NAME):
             build_card(config, record)
+            for source in record["sources"]:
+                set(source.get("tasks", ()))
 
 
-def update(checkpoint: Path, files: set[str], tasks: dict[str, dict], added: list[Path] | None = None) -> None:
+def update(checkpoint: Path, files: set[str], tasks: dict[str, dict], added: list[dict] | None = None) -> None:
     """
     Makes index, processor, configuration, record and card say the same, of weight files that are there.
 
     `config.json` names the tasks; the record and the card follow from it. It is written last when a task is added, and right
     after these two when one is taken out, so that after a kill in between the same call, or `add_plugin` with the plugin that
     was taken out, puts everything right.
+
+    Args:
+        checkpoint (`Path`): The checkpoint.
+        files (`set[str]`): Its weight files from now on.
+        tasks (`dict[str, dict]`): Its tasks from now on.
+        added (`list[dict]`, *optional*): If a task is added, the sources of its plugin as the record has them.
     """
     config, processor = read_json(checkpoint / "config.json"), read_json(checkpoint / PROCESSOR_NAME)
     old, renamed = HealthGPTConfig.from_dict(config), {SINGLE_NAME: NUMBERED_NAME}
     config |= {"tasks": tasks}
     if added is None:
-        update_record(checkpoint, old, HealthGPTConfig.from_dict(config), files)
+        update_record(checkpoint, old, HealthGPTConfig.from_dict(config), files, [])
         write_json(checkpoint / "config.json", config)
     keys = ("kind", "default_prompt")
     processor["tasks"] = {name: {key: task[key] for key in keys} for name, task in tasks.items()}
@@ -451,18 +479,35 @@ def update(checkpoint: Path, files: set[str], tasks: dict[str, dict], added: lis
 
 
 def update_record(
-    checkpoint: Path, old: HealthGPTConfig, new: HealthGPTConfig, weights: set[str], added: list[Path] | None = None
+    checkpoint: Path, old: HealthGPTConfig, new: HealthGPTConfig, weights: set[str], added: list[dict]
 ) -> None:
-    """Brings record and model card, if there are some, up to date; a card that somebody else has written stays as it is."""
+    """
+    Brings record and model card, if there are some, up to date; a card that somebody else has written stays as it is.
+
+    Sources that belong to none but tasks that are gone, or that the added plugin takes the place of, go.
+    """
     if not (checkpoint / RECORD_NAME).is_file():
         return
     before = read_record(checkpoint)
-    record = dict(before)
-    others = {file for file in record["files"] if not file.endswith(".safetensors")}
-    record |= {"fingerprint": None, "files": sorted(others | weights)}
-    for path in added or []:
-        content = path.read_bytes()
-        source = {"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        record["sources"] = [other for other in record["sources"] if other != source] + [source]
+    others = {file for file in before["files"] if not file.endswith(".safetensors")}
+    gone = {task for source in added for task in source["tasks"]} | (old.tasks.keys() - new.tasks.keys())
+    kept = [source for source in before["sources"] if not source.get("tasks") or not gone.issuperset(source["tasks"])]
+    record = before | {"fingerprint": None, "files": sorted(others | weights), "sources": kept + added}
     rewrite_card(checkpoint, (old, before), (new, record))
     write_json(checkpoint / RECORD_NAME, record)
+
+
+def sources_of(checkpoint: Path, task: str) -> list[dict]:
+    """What the record of a checkpoint, if there is one, has as sources of a task's plugin."""
+    if not (checkpoint / RECORD_NAME).is_file():
+        return []
+    record = read_record(checkpoint)
+    with reading(checkpoint / RECORD_NAME):
+        return [source for source in record["sources"] if task in source.get("tasks", ())]
+
+
+def as_source(path: Path, task: str) -> dict:
+    """A file that a plugin was put in from, as the record of an export has its sources."""
+    content = path.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    return {"file": name_of(path), "bytes": len(content), "sha256": sha256, "tasks": [task]}

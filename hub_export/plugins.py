@@ -21,7 +21,16 @@ from ..locks import alone
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from . import rules
 from .card import build_card, rewrite_card
-from .confine import INDEX_NAME, CheckpointError, inside, read_json, reading, require_confined, require_no_links
+from .confine import (
+    INDEX_NAME,
+    CheckpointError,
+    inside,
+    read_json,
+    reading,
+    require_confined,
+    require_no_links,
+    require_no_pointer,
+)
 from .merge import name_of
 from .plan import KINDS, checkpoint_name, is_finite, list_names, task_config, transfers_of
 from .sources import read_file, read_index
@@ -312,6 +321,7 @@ def require_plain_prompt(plugin: Path, checkpoint: Path, task: TaskConfig) -> No
     if not isinstance(task.default_prompt, str):
         raise CheckpointError(f"The default_prompt of {plugin} must be a text, got {task.default_prompt!r:.100}.")
     file = inside(checkpoint, "tokenizer.json", checkpoint)
+    require_no_pointer(file)
     with reading(file):
         token = reserved_token(Tokenizer.from_file(str(file)), task.default_prompt)
     if token is not None:

@@ -244,6 +244,7 @@ def test_the_bars_of_a_terminal_take_no_name_for_markup(ends, monkeypatch, tmp_p
         ("processor_config.json", None),
         ("tokenizer.json", "[1]"),
         ("tokenizer.json", "{}"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
         ("tokenizer_config.json", "{}"),
         ("model.safetensors.index.json", "{}"),
         ("model.safetensors.index.json", '{"weight_map"'),

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors_healthgpt import HealthGPTError
 from .hub_export.confine import read_json
 from .hub_export.write import write_json
+from .locks import alone
 from .refusals import files
 
 RUN_NAME = "run.json"
@@ -65,12 +67,31 @@ def begin(folder: Path, settings: dict) -> None:
     Raises:
         HealthGPTError: as [`require_same`], or if the folder is a file or cannot be made.
     """
-    if os.path.isfile(folder):
-        raise HealthGPTError(f"{folder} is a file: name a folder for the run.")
-    with files(folder, "made a folder for the run"):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with files(folder, "used"):
         if (folder / RUN_NAME).exists():
             require_same(folder, dict.fromkeys(read_json(folder / RUN_NAME)) | settings)  # all of them
         else:
             write_json(folder / RUN_NAME, settings)
+
+
+@contextmanager
+def running(folder: Path, settings: dict) -> Iterator[None]:
+    """
+    A run from where it begins, as [`begin`], to its end, while no other command goes on in its folder.
+
+    Raises:
+        HealthGPTError: as `begin`, or if another command has the folder.
+    """
+    make_folder(folder)
+    with alone(folder):
+        begin(folder, settings)
+        yield
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a run if it is not there."""
+    if os.path.isfile(folder):
+        raise HealthGPTError(f"{folder} is a file: name a folder for the run.")
+    with files(folder, "made a folder for the run"):
+        folder.mkdir(parents=True, exist_ok=True)

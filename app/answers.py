@@ -36,8 +36,6 @@ class AnswerTable:
             raise HealthGPTError(
                 f"{path} has another ending than .csv and .jsonl, the forms of answers about a folder."
             )
-        if not os.path.isdir(path.parent):
-            raise HealthGPTError(f"The folder {path.parent} does not exist.")
         for value in settings.values():
             require_utf8(value)
         self.path, self.settings = path, settings

@@ -10,6 +10,7 @@ import typer
 
 from ..conversations import answer_batch, conversation, prepare
 from ..errors_healthgpt import HealthGPTError
+from ..locks import alone, lock_of
 from ..refusals import memory, printable
 from .answers import AnswerTable, require_utf8
 from .common import (
@@ -35,6 +36,7 @@ from .common import (
 
 
 def ask(
+    context: typer.Context,
     arguments: Annotated[list[str], typer.Argument(metavar="[PICTURE|FOLDER]... QUESTION")],
     checkpoint: Checkpoint = NANO,
     task: AnswerTask = "comprehension",
@@ -86,6 +88,7 @@ def ask(
             "frame": "default" if frame is None else str(frame),
             "max_new_tokens": str(max_new_tokens),
         }
+        context.with_resource(alone(output))  # until the command ends
         table = AnswerTable(output, settings)
         known = len(table.done)
     else:
@@ -137,7 +140,8 @@ def ask_folder(
 
     question = table.settings["question"]
     files, left_out = find_files(folder)
-    files = {name: path for name, path in files.items() if not same_file(path, table.path)}
+    own = (table.path, lock_of(table.path))
+    files = {name: path for name, path in files.items() if not any(same_file(path, other) for other in own)}
     waiting = [name for name in files if name not in table.done]
 
     def pictures():

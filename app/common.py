@@ -142,18 +142,18 @@ def read(path: Path, model, processor, task: str | None, otherwise: str | None =
 
 def require_checkpoint(checkpoint: str) -> dict:
     """
-    The content of a checkpoint's config.json; refuses what is neither a folder nor the name of a Hub repository, and checkpoints
+    The content of a checkpoint's config.json; refuses what is neither a folder nor can be a Hub repository, and checkpoints
     of other models.
     """
-    is_folder = os.path.isdir(checkpoint)
-    if not is_folder and not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
-        raise HealthGPTError(f"{checkpoint} is neither a folder nor a Hub repository, which is written user/name.")
-    if is_folder and not os.path.isfile(Path(checkpoint) / "config.json"):
-        raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
     from transformers import PreTrainedConfig
 
     from ..configuration_healthgpt import HealthGPTConfig
     from ..hub_export.confine import reading, require_loadable
+    from ..hub_export.hub import require_folder_or_repository
+
+    require_folder_or_repository(checkpoint)
+    if os.path.isdir(checkpoint) and not os.path.isfile(Path(checkpoint) / "config.json"):
+        raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
 
     with loading(checkpoint):
         require_loadable(folder_of(checkpoint))

@@ -75,7 +75,7 @@ def answers(
     """
     with starting():
         from ..evaluation import Records, answer_items, items_of, read_benchmark, summarise_answers, write_report
-        from ..runs import state_of, state_of_files
+        from ..runs import running, state_of, state_of_files
         from ..samples import pictures_of
 
     items = []
@@ -97,22 +97,26 @@ def answers(
         items = items_of(samples)[:limit]
     if not items:
         raise HealthGPTError(f"{data} has no questions.")
-    records = Records(output, settings)
-    kept = stoppable(lambda: f"{len(records.done)} answers are kept in {output}; the same command goes on from there.")
-    with kept, bars() as progress, memory():
-        bar = progress.add_task("Answering", total=len(items))
-        scored = answer_items(
-            model,
-            processor,
-            items,
-            records,
-            task or "comprehension",
-            batch_size,
-            max_new_tokens,
-            lambda n: progress.advance(bar, n),
+    with running(output, settings):
+        records = Records(output, settings)
+        kept = stoppable(
+            lambda: f"{len(records.done)} answers are kept in {output}; the same command goes on from there."
         )
-    summary = summarise_answers(scored)
-    print_result(as_json, write_report(output, benchmark, summary, settings), summary)
+        with kept, bars() as progress, memory():
+            bar = progress.add_task("Answering", total=len(items))
+            scored = answer_items(
+                model,
+                processor,
+                items,
+                records,
+                task or "comprehension",
+                batch_size,
+                max_new_tokens,
+                lambda n: progress.advance(bar, n),
+            )
+        summary = summarise_answers(scored)
+        table = write_report(output, benchmark, summary, settings)
+    print_result(as_json, table, summary)
 
 
 @evaluation.command("average")
@@ -128,11 +132,12 @@ def average(
     """
     with starting("Averaging"):
         from ..evaluation import average_runs, write_report
-        from ..runs import begin
+        from ..runs import running
 
         summary, facts = average_runs(runs)
-        begin(output, facts)
-    print_result(as_json, write_report(output, "average", summary, facts), summary)
+        with running(output, facts):
+            table = write_report(output, "average", summary, facts)
+    print_result(as_json, table, summary)
 
 
 @evaluation.command("draw")
@@ -159,8 +164,8 @@ def draw(
     Example: healthgpt eval draw pairs.jsonl -c HealthGPT-M3 -o results/ct_to_mri --name ct_to_mri_brain
     """
     with starting():
-        from ..evaluation import Records, draw_samples, load_lpips
-        from ..runs import state_of, state_of_files
+        from ..evaluation import Records, draw_samples, load_lpips, write_report
+        from ..runs import running, state_of, state_of_files
         from ..samples import pictures_of
 
         measure = load_lpips() if lpips else None
@@ -175,17 +180,20 @@ def draw(
     samples = [sample for sample in samples if sample["target_image"] is not None][:limit]
     if not samples:
         raise HealthGPTError(f"{data} has no samples with a target_image.")
-    records = Records(output, settings)
-    kept = stoppable(
-        lambda: f"{len(records.done)} drawings are kept in {output}; the same command goes on from there."
-    )
-    with kept, bars() as progress, memory():
-        bar = progress.add_task("Drawing", total=len(samples))
-        draw_samples(
-            model, processor, samples, output / "drawn", records, batch_size, lambda n: progress.advance(bar, n)
+    with running(output, settings):
+        records = Records(output, settings)
+        kept = stoppable(
+            lambda: f"{len(records.done)} drawings are kept in {output}; the same command goes on from there."
         )
-    pairs = [(output / f"drawn/{number}.png", sample["target_image"]) for number, sample in enumerate(samples)]
-    report_pairs(pairs, output, name, settings, measure, as_json, resize=True)
+        with kept, bars() as progress, memory():
+            bar = progress.add_task("Drawing", total=len(samples))
+            draw_samples(
+                model, processor, samples, output / "drawn", records, batch_size, lambda n: progress.advance(bar, n)
+            )
+        pairs = [(output / f"drawn/{number}.png", sample["target_image"]) for number, sample in enumerate(samples)]
+        summary = compare_pairs(pairs, measure, resize=True)
+        table = write_report(output, name, summary, settings)
+    print_result(as_json, table, summary)
 
 
 @evaluation.command("pictures")
@@ -203,8 +211,8 @@ def pictures(
     Example: healthgpt eval pictures drawn true -o results/ct_to_mri --name ct_to_mri_brain
     """
     with starting():
-        from ..evaluation import load_lpips, pair_folders
-        from ..runs import state_of_files
+        from ..evaluation import load_lpips, pair_folders, write_report
+        from ..runs import running, state_of_files
 
         measure = load_lpips() if lpips else None
     if same_file(output, drawn) or same_file(output, true):
@@ -212,19 +220,21 @@ def pictures(
     pairs = pair_folders(drawn, true)
     settings = {"drawn": str(drawn), "true": str(true)}
     settings["pictures_state"] = state_of_files(path for pair in pairs for path in pair)
-    report_pairs(pairs, output, name, settings, measure, as_json, resize=False)
+    summary = compare_pairs(pairs, measure, resize=False)
+    with running(output, settings):
+        table = write_report(output, name, summary, settings)
+    print_result(as_json, table, summary)
 
 
-def report_pairs(pairs, output: Path, name: str, settings: dict, lpips, as_json: bool, resize: bool) -> None:
+def compare_pairs(pairs, lpips, resize: bool) -> dict[str, dict]:
     """
-    Compares pairs of files, also by LPIPS if that is given; `resize` brings true pictures to the size of the drawn ones, which else
+    Metrics of pairs of files, also LPIPS if that is given; `resize` brings true pictures to the size of the drawn ones, which else
     must be theirs.
     """
     from PIL import Image
 
-    from ..evaluation import compare_pictures, summarise_pictures, write_report
+    from ..evaluation import compare_pictures, summarise_pictures
     from ..medical import open_picture
-    from ..runs import begin
 
     scores = []
     with stoppable(lambda: "No table was written; the same command starts again."), bars() as progress, memory():
@@ -238,6 +248,4 @@ def report_pairs(pairs, output: Path, name: str, settings: dict, lpips, as_json:
                 raise HealthGPTError(f"{left} has {next(sizes)} and {right} {next(sizes)}: they cannot be compared.")
             score = compare_pictures(drawn, true)
             scores.append(score if lpips is None else score | {"LPIPS": lpips(drawn, true)})
-    begin(output, settings)
-    summary = summarise_pictures(scores)
-    print_result(as_json, write_report(output, name, summary, settings), summary)
+    return summarise_pictures(scores)

@@ -21,6 +21,7 @@ from .common import (
     load,
     open_all,
     print_result,
+    require_checkpoint,
     require_kind,
     split_arguments,
     starting,
@@ -59,6 +60,7 @@ def explain(
         raise HealthGPTError(f"The folder {output} is not empty: name a new or empty one for the figures.")
     paths, question = split_arguments(arguments)
     pictures = open_all(paths, frame)
+    require_checkpoint(checkpoint)  # before the folder is made
     with files(output, "made"):
         output.mkdir(parents=True, exist_ok=True)
     require_picture_path(output / "routing.png")

@@ -141,7 +141,7 @@ def run_stage(options: SimpleNamespace, settings: dict) -> list[Path]:
     """Trains as the options of `train` say and returns the folders of the plugins; none in other processes than the first."""
     import transformers
 
-    from ..runs import begin, require_same, state_of_files
+    from ..runs import require_same, running, state_of_files
     from ..samples import pictures_of
     from ..training import add_task, last_checkpoint, save_plugin
 
@@ -169,27 +169,26 @@ def run_stage(options: SimpleNamespace, settings: dict) -> list[Path]:
             f"{options.data} has tasks of both kinds, {', '.join(trained)}; this stage trains one kind at a time."
         )
     trainer, answering = trainer_of(options, model, processor, samples, held_out, trained)
-    if trainer.is_world_process_zero():
-        begin(output, settings)
     steps = math.ceil(len(samples) / trainer.recipe.batch_size)  # of a pass
-    with (
-        files(output, "written"),
-        contextlib.redirect_stdout(sys.stderr),
-    ):  # where progress goes; the Trainer prints its losses
-        reached = last_checkpoint(output) if options.resume else None
-        if reached is not None and int(reached.rpartition("-")[2]) >= (
-            options.max_steps or math.ceil(options.epochs * steps)
-        ):
-            trainer._load_from_checkpoint(reached)  # the Trainer would take a step more
-        else:
-            trainer.train(resume_from_checkpoint=reached)
-    if not trainer.is_world_process_zero():
-        return []
-    for name, tables in answering.items():
-        model.use_token_tables(tables, [name])
-    folders = [output / name for name in trained if name not in answering]
-    for folder in folders:
-        save_plugin(model, folder.name, folder, with_tables=options.stage == "fusion")
+    with running(output, settings) if trainer.is_world_process_zero() else contextlib.nullcontext():
+        with (
+            files(output, "written"),
+            contextlib.redirect_stdout(sys.stderr),
+        ):  # where progress goes; the Trainer prints its losses
+            reached = last_checkpoint(output) if options.resume else None
+            if reached is not None and int(reached.rpartition("-")[2]) >= (
+                options.max_steps or math.ceil(options.epochs * steps)
+            ):
+                trainer._load_from_checkpoint(reached)  # the Trainer would take a step more
+            else:
+                trainer.train(resume_from_checkpoint=reached)
+        if not trainer.is_world_process_zero():
+            return []
+        for name, tables in answering.items():
+            model.use_token_tables(tables, [name])
+        folders = [output / name for name in trained if name not in answering]
+        for folder in folders:
+            save_plugin(model, folder.name, folder, with_tables=options.stage == "fusion")
     return folders
 
 

@@ -2,7 +2,6 @@
 
 import fnmatch
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..configuration_healthgpt import HealthGPTConfig
+from ..locks import alone
 from .card import rewrite_card
 from .confine import CheckpointError, inside, read_json, reading, require_no_links
 from .plan import ExportSources
@@ -58,7 +58,8 @@ def fetch(sources: ExportSources, headers: Path | None = None) -> ExportSources:
     for field in fields(sources):
         name = str(getattr(sources, field.name))
         is_folder = field.name in ("base", "vision")
-        if is_folder and not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        if is_folder and not name.startswith("hf://") and not os.path.exists(name):
+            require_folder_or_repository(name.partition("@")[0])
             name = f"hf://{name}"
         if name.startswith("hf://"):
             try:
@@ -110,6 +111,21 @@ def fetch_file(uri) -> Path:
         return Path(hf_hub_download(uri.id, uri.path_in_repo, revision=uri.revision))
 
 
+def require_folder_or_repository(name: str) -> None:
+    """
+    Raises:
+        CheckpointError: if there is no folder of a name, and no repository can have it: it has no user, or is a path such as `./name`.
+    """
+    if not os.path.isdir(name):
+        try:
+            validate_repo_id(name)
+            is_repository = "/" in name
+        except HFValidationError:
+            is_repository = False
+        if not is_repository:
+            raise CheckpointError(f"There is no folder {name}, and a Hub repository is written user/name.")
+
+
 def require_repository(name: str) -> None:
     """
     Raises:
@@ -136,9 +152,18 @@ def push(folder: Path, repository: str, public: bool = False, create_pr: bool = 
         `str`: Where the upload can be seen.
 
     Raises:
+        HealthGPTError: if another command changes the checkpoint.
         CheckpointError: if a file is missing or not in the folder itself, or the Hub refuses or cannot be reached.
     """
     folder = Path(folder)
+    with alone(folder):
+        return upload(folder, repository, public, create_pr)
+
+
+def upload(folder: Path, repository: str, public: bool, create_pr: bool) -> str:
+    """Uploads a checkpoint that nobody else changes; see [`push`]."""
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"The folder {folder} does not exist.")
     require_no_links(folder)  # nor is anything uploaded through them
     record = read_record(folder)
     files = record["files"]

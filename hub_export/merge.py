@@ -16,12 +16,10 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import filelock
 import psutil
 import torch
 import transformers
@@ -29,6 +27,7 @@ from PIL import Image
 
 from .. import __version__
 from ..conversations import conversation, prepare
+from ..locks import alone
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from .card import CARD_NAME, build_card
 from .confine import CheckpointError, read_json, reading, require_no_links
@@ -48,9 +47,11 @@ from .write import (
     MAX_SHARD_BYTES,
     RECORD_NAME,
     Advance,
+    discard,
     read_record,
     require_files,
     split_into_shards,
+    task_of,
     verify_shard,
     write_index,
     write_json,
@@ -112,18 +113,22 @@ def export(
         `Plan`: What was written.
 
     Raises:
-        CheckpointError: if a source cannot be used, the output folder has something else in it, or the folder around it does
-            not exist; then nothing is left behind. If the disk is too small, the weight files that an earlier run finished
-            are kept.
+        HealthGPTError: if the folder around the output does not exist, or another command writes or changes the output.
+        CheckpointError: if a source cannot be used, or the output folder has something else in it; then nothing is left behind.
+            If the disk is too small, the weight files that an earlier run finished are kept.
     """
-    output = Path(output)
-    with writing(output):
-        output = output.resolve()
-        is_full = output.exists() and (not output.is_dir() or any(output.iterdir()))
-        if not output.parent.is_dir():
-            raise CheckpointError(f"The folder {output.parent}, in which {output.name} is to be made, does not exist.")
     if quantize is not None:
         require_bitsandbytes(quantize)
+    with writing(output):
+        output = Path(output).resolve()
+    with alone(output):
+        return write_export(sources, output, dtype, quantize, skip_forward, preset, progress)
+
+
+def write_export(sources: ExportSources, output: Path, dtype, quantize, skip_forward, preset, progress) -> Plan:
+    """An export to a folder that nobody else writes to; see [`export`]."""
+    with writing(output):
+        is_full = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if is_full and not (output / RECORD_NAME).is_file():
         raise CheckpointError(f"{output} exists and is not an empty folder.")
     local = fetch(sources)
@@ -138,65 +143,56 @@ def export(
         require_files(output, record["files"])
         return plan
 
-    partial = output.parent / f".{output.name}.partial"
-    with alone(partial, output):
-        try:
-            with writing(output):
-                record = fill(partial, plan, fingerprint, quantize, progress)
-                is_local = Path(sources.base).exists()
-                record["base_model"] = None if is_local else str(sources.base).removeprefix("hf://").split("@")[0]
-                record |= {"name": output.name, "preset": preset}
-                (partial / CARD_NAME).write_text(build_card(plan.config, record), encoding="utf-8")
-                record["files"] = sorted(path.name for path in partial.iterdir() if path.name != ".lock")
-                write_json(partial / RECORD_NAME, record)  # `push` uploads these files and no others
-            if not skip_forward:
-                check_forward(plan, partial, progress)
-            with writing(output):
-                (partial / ".lock").unlink()
-                if output.exists():
-                    output.rmdir()
-                partial.rename(output)
-        except NotEnoughSpace:
-            if not any(partial.rglob("*.safetensors")):
-                shutil.rmtree(partial)
-            raise
-        except Exception:
-            # Nothing is swallowed: the error goes on as it came, once the half-written folder is gone. KeyboardInterrupt and
-            # SystemExit are no Exception, hence an interrupted export keeps its folder and can go on from there.
+    partial = make_partial(output)
+    try:
+        with writing(output):
+            record = fill(partial, plan, fingerprint, quantize, progress)
+            is_local = Path(sources.base).exists()
+            record["base_model"] = None if is_local else str(sources.base).removeprefix("hf://").split("@")[0]
+            record |= {"name": output.name, "preset": preset}
+            (partial / CARD_NAME).write_text(build_card(plan.config, record), encoding="utf-8")
+            record["files"] = sorted(path.name for path in partial.iterdir())
+            write_json(partial / RECORD_NAME, record)  # `push` uploads these files and no others
+        if not skip_forward:
+            check_forward(plan, partial, progress)
+        with writing(output):
+            if output.exists():
+                output.rmdir()
+            partial.rename(output)
+    except NotEnoughSpace:
+        if not any(partial.rglob("*.safetensors")):
             shutil.rmtree(partial)
-            raise
+        raise
+    except Exception:
+        # Nothing is swallowed: the error goes on as it came, once the half-written folder is gone. KeyboardInterrupt and
+        # SystemExit are no Exception, hence an interrupted export keeps its folder and can go on from there.
+        shutil.rmtree(partial)
+        raise
     return plan
 
 
-@contextmanager
-def alone(partial: Path, output: Path) -> Iterator[None]:
+def make_partial(output: Path) -> Path:
     """
-    Makes the partial folder of an output if it is not there, and keeps other exports out of it.
+    The partial folder of an output, made if it is not there.
 
     Raises:
-        CheckpointError: if it cannot be made, it or one of its entries is a symbolic link, or another export has it.
+        CheckpointError: if it cannot be made, or it or one of its entries is a symbolic link.
     """
+    partial = output.with_name(f".{output.name}.partial")
     with writing(output):
         if partial.is_symlink():
             raise CheckpointError(f"{partial}, in which the export is to be made, is a symbolic link: remove it.")
         partial.mkdir(exist_ok=True)
         require_no_links(partial)
-        lock = filelock.FileLock(partial / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise CheckpointError(f"Another export to {output} is under way.") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return partial
 
 
 def fill(partial, plan, fingerprint, quantize, progress) -> dict:
     """Makes the checkpoint in the partial folder, from whatever an earlier run left there, and returns its record."""
     record = partial / RECORD_NAME
     if not record.is_file() or read_json(record).get("fingerprint") != fingerprint:
-        clear(partial)
+        for path in partial.iterdir():
+            discard(path)
         write_json(partial / RECORD_NAME, {"fingerprint": fingerprint})
     require_space(plan, partial, quantize)
     checksums = check_sources(plan, progress)
@@ -241,15 +237,6 @@ def fingerprint_of(plan: Plan, sources: ExportSources, *options: str | None) -> 
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def clear(folder: Path) -> None:
-    """Empties a partial folder but for its lock."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
-
-
 def require_space(plan: Plan, folder: Path, quantize: str | None) -> None:
     """
     Raises:
@@ -265,8 +252,12 @@ def require_space(plan: Plan, folder: Path, quantize: str | None) -> None:
 
 
 def check_sources(plan: Plan, progress: Callable[[str, int], Advance]) -> list[dict]:
-    """Reads every source file whole: the checksums inside PyTorch files, and its SHA-256 for the record."""
+    """
+    Reads every source file whole: the checksums inside PyTorch files, and its SHA-256 for the record, which also says to which tasks'
+    plugins it belongs.
+    """
     advance = progress("Checking", sum(path.stat().st_size for path in plan.origins))
+    owners = {(transfer.tensor.origin, task_of(transfer.target, plan.config)) for transfer in plan.transfers}
     records = []
     for path in plan.origins:
         check_archive(path)
@@ -279,7 +270,8 @@ def check_sources(plan: Plan, progress: Callable[[str, int], Advance]) -> list[d
         promised = name_of_blob(path)
         if len(promised) == 64 and promised != sha256:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is {sha256}, but the Hub has {promised}.")
-        records.append({"file": name_of(path), "bytes": path.stat().st_size, "sha256": sha256})
+        tasks = sorted(task for origin, task in owners if origin == path and task is not None)
+        records.append({"file": name_of(path), "bytes": path.stat().st_size, "sha256": sha256, "tasks": tasks})
     return records
 
 

@@ -2,11 +2,12 @@
 Plugins of an exported checkpoint, each in a weight file of its own: listed, copied out, taken out, put in.
 
 A plugin alone is a folder with `plugin.safetensors`, whose tensors have the names of the checkpoint, and
-`plugin_config.json` with its task's name and settings. The shared weight files are never rewritten.
+`plugin_config.json` with its task's name, settings and, if they are known, sources. The shared weight files are never rewritten.
 """
 
 import hashlib
 import os
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,11 +16,22 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from ..configuration_healthgpt import HealthGPTConfig, TaskConfig
+from ..locks import alone
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from ..processing_healthgpt import reserved_token
 from . import rules
 from .card import build_card, rewrite_card
-from .confine import INDEX_NAME, CheckpointError, inside, read_json, reading, require_confined, require_no_links
+from .confine import (
+    INDEX_NAME,
+    CheckpointError,
+    inside,
+    read_json,
+    reading,
+    require_confined,
+    require_no_links,
+    require_no_pointer,
+)
+from .merge import name_of
 from .plan import KINDS, checkpoint_name, is_finite, list_names, task_config, transfers_of
 from .sources import read_file, read_index
 from .write import (
@@ -72,48 +84,61 @@ def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = Fal
             `hlora_weights.bin`, and `fusion_layer_weights.bin` if the task has token tables of its own.
 
     Raises:
+        HealthGPTError: if another command changes the checkpoint or writes the output, or the folder around it does not exist.
         CheckpointError: if there is no such task, it cannot be taken out, a tensor of it is missing, or the output exists or
-            cannot be made; then the checkpoint is as it was.
+            cannot be made. In both cases the checkpoint is as it was.
     """
-    config, weight_map = read_checkpoint(checkpoint)
-    with writing(output):
-        exists = os.path.lexists(output)
-        if not output.parent.is_dir():
-            raise CheckpointError(f"The folder {output.parent} does not exist.")
-    if remove:
-        require_changeable(checkpoint, config, set(weight_map.values()) - {plugin_file(task)})
-    if task not in config.tasks:
-        if not (remove and exists and is_begun(checkpoint, task, output, config)):
-            raise CheckpointError(f"{checkpoint} has no task {task!r}; it has {', '.join(config.tasks)}.")
-        take_out(checkpoint, task, config, weight_map)
-        return
-    if exists and not remove:
-        raise CheckpointError(f"{output} exists already.")
-    owned = parts_of_task(config, task).keys()
-    copied, tables = set(owned), config.tasks[task].token_tables
-    if published and tables is not None:  # other tasks may use them too
-        copied |= {f"model.token_embeddings.{tables}.weight", f"token_heads.{tables}.weight"}
-    missing = sorted(copied - weight_map.keys())
+    with alone(checkpoint) if remove else nullcontext():
+        config, weight_map = read_checkpoint(checkpoint)
+        with writing(output):
+            exists = os.path.lexists(output)
+        if remove:
+            require_changeable(checkpoint, config, set(weight_map.values()) - {plugin_file(task)})
+        if task not in config.tasks:
+            if not (remove and exists and is_begun(checkpoint, task, output, config)):
+                raise CheckpointError(f"{checkpoint} has no task {task!r}; it has {', '.join(config.tasks)}.")
+            take_out(checkpoint, task, config, weight_map)
+            return
+        if exists and not remove:
+            raise CheckpointError(f"{output} exists already.")
+        copied = names_of_plugin(checkpoint, task, config, weight_map, published)
+        if remove:
+            require_separate(checkpoint, task, config, weight_map)
+        tensors = {}
+        for file in {weight_map[name] for name in copied}:
+            tensors |= read_whole(checkpoint / file, [name for name in copied if weight_map[name] == file])
+        if not exists:
+            save_plugin(output, task, config.tasks[task], tensors, sources_of(checkpoint, task), published)
+        elif not is_kept(output, task, tensors):
+            raise CheckpointError(f"{output} exists already and holds something else than this plugin.")
+        if remove:
+            take_out(checkpoint, task, config, weight_map)
+
+
+def names_of_plugin(
+    checkpoint: Path, task: str, config: HealthGPTConfig, weight_map: dict[str, str], published: bool
+) -> set[str]:
+    """
+    Names of the tensors that a plugin is made of: what its task owns, and if it is published token tables that others use too.
+
+    Raises:
+        CheckpointError: if the index lacks one of them.
+    """
+    names, tables = set(parts_of_task(config, task)), config.tasks[task].token_tables
+    if published and tables is not None:
+        names |= {f"model.token_embeddings.{tables}.weight", f"token_heads.{tables}.weight"}
+    missing = sorted(names - weight_map.keys())
     if missing:
         raise CheckpointError(f"The index of {checkpoint} lacks {list_names(missing)} of task {task!r}.")
-    if remove:
-        require_separate(checkpoint, task, config, weight_map, owned)
-    tensors = {}
-    for file in {weight_map[name] for name in copied}:
-        tensors |= read_whole(checkpoint / file, [name for name in copied if weight_map[name] == file])
-    if not exists:
-        save_plugin(output, task, config.tasks[task], tensors, published)
-    elif not is_kept(output, task, tensors):
-        raise CheckpointError(f"{output} exists already and holds something else than this plugin.")
-    if remove:
-        take_out(checkpoint, task, config, weight_map)
+    return names
 
 
-def require_separate(checkpoint: Path, task: str, config: HealthGPTConfig, weight_map: dict[str, str], owned) -> None:
+def require_separate(checkpoint: Path, task: str, config: HealthGPTConfig, weight_map: dict[str, str]) -> None:
     """
     Raises:
         CheckpointError: if a task cannot be taken out, since its weights are not in a file of their own or it is the last.
     """
+    owned = parts_of_task(config, task).keys()
     files = {weight_map[name] for name in owned}
     if files != {plugin_file(task)} or read_file(checkpoint / plugin_file(task)).keys() != owned:
         raise CheckpointError(
@@ -124,17 +149,24 @@ def require_separate(checkpoint: Path, task: str, config: HealthGPTConfig, weigh
         raise CheckpointError(f"Task {task!r} is the only one of {checkpoint} and cannot be taken out.")
 
 
-def save_plugin(output: Path, task: str, settings: TaskConfig, tensors: dict[str, torch.Tensor], published: bool):
+def save_plugin(
+    output: Path,
+    task: str,
+    settings: TaskConfig,
+    tensors: dict[str, torch.Tensor],
+    sources: list[dict],
+    published: bool,
+) -> None:
     """Makes the folder of a plugin, which has its name only once it is whole."""
     partial = output.with_name(f".{output.name}.partial")
-    with writing(output, partial):
+    with alone(output), writing(output, partial):
         discard(partial)
         partial.mkdir()
         if published:
             for file, content in published_files(task, settings.token_tables, tensors).items():
                 torch.save(content, partial / file)
         else:
-            write_plugin(partial, task, asdict(settings), tensors)
+            write_plugin(partial, task, asdict(settings), tensors, sources)
         partial.rename(output)
 
 
@@ -193,45 +225,48 @@ def add_plugin(
         fusion (`Path`, *optional*): `fusion_layer_weights.bin` with token tables of its own, for a published file too.
 
     Raises:
-        CheckpointError: if the plugin does not fit the checkpoint, or there is a task of that name; then the checkpoint
+        HealthGPTError: if another command changes the checkpoint.
+        CheckpointError: if the plugin does not fit the checkpoint, or there is a task of that name. In both cases the checkpoint
             is as it was.
     """
-    config, weight_map = read_checkpoint(checkpoint)
-    if os.path.isfile(plugin):
-        name, task, tensors = read_published(plugin, name, kind, alpha, fusion, config)
-        sources = [plugin] if fusion is None else [plugin, fusion]
-    elif (kind, alpha, fusion) != (None, None, None):
-        raise CheckpointError("A kind, an alpha and a fusion layer go with a published file: a folder has its own.")
-    else:
-        name, task, tensors = read_plugin(plugin, name, config)
-        sources = [plugin / WEIGHTS_NAME]
-    if name in config.tasks and not replace:
-        raise CheckpointError(
-            f"{checkpoint} has a task {name!r} already: give the plugin another name (--name), or let it take its place (--replace)."
-        )
-    replaced = {key for key in weight_map if task_of(key, config) == name}
-    if any(weight_map[key] != plugin_file(name) for key in replaced):
-        raise CheckpointError(
-            f"Task {name!r} shares its weight file with other parts of {checkpoint} and cannot be replaced."
-        )
-    with reading(plugin):
-        grown = HealthGPTConfig.from_dict(
-            {**config.to_dict(), "tasks": {**config.to_dict()["tasks"], name: asdict(task)}}
-        )
-        expected = parts_of_task(grown, name)
-    require_fitting(plugin, checkpoint, tensors, expected, grown.text_config.num_hidden_layers)
-    require_plain_prompt(plugin, checkpoint, task)
-    others = set(weight_map.values()) - {plugin_file(name)}
-    require_changeable(checkpoint, config, others)
-    # Token tables of the old plugin that other tasks use by now stay where they are.
-    kept = [key for key, file in weight_map.items() if file == plugin_file(name) and key not in replaced]
-    tensors |= read_whole(checkpoint / plugin_file(name), kept) if kept else {}
-    unfinished = checkpoint / f"{plugin_file(name)}.unfinished"
-    with writing(checkpoint, unfinished):
-        save_tensors(tensors, unfinished)
-        unfinished.rename(checkpoint / plugin_file(name))
-        tasks = {key: asdict(value) for key, value in grown.tasks.items()}
-        update(checkpoint, others | {plugin_file(name)}, tasks, sources)
+    with alone(checkpoint):
+        config, weight_map = read_checkpoint(checkpoint)
+        if os.path.isfile(plugin):
+            name, task, tensors = read_published(plugin, name, kind, alpha, fusion, config)
+            sources = [as_source(path, name) for path in (plugin, fusion) if path is not None]
+        elif (kind, alpha, fusion) != (None, None, None):
+            raise CheckpointError(
+                "A kind, an alpha and a fusion layer go with a published file: a folder has its own."
+            )
+        else:
+            name, task, tensors, sources = read_plugin(plugin, name, config)
+        if name in config.tasks and not replace:
+            raise CheckpointError(
+                f"{checkpoint} has a task {name!r} already: give the plugin another name (--name), or let it take its place (--replace)."
+            )
+        replaced = {key for key in weight_map if task_of(key, config) == name}
+        if any(weight_map[key] != plugin_file(name) for key in replaced):
+            raise CheckpointError(
+                f"Task {name!r} shares its weight file with other parts of {checkpoint} and cannot be replaced."
+            )
+        with reading(plugin):
+            grown = HealthGPTConfig.from_dict(
+                {**config.to_dict(), "tasks": {**config.to_dict()["tasks"], name: asdict(task)}}
+            )
+            expected = parts_of_task(grown, name)
+        require_fitting(plugin, checkpoint, tensors, expected, grown.text_config.num_hidden_layers)
+        require_plain_prompt(plugin, checkpoint, task)
+        others = set(weight_map.values()) - {plugin_file(name)}
+        require_changeable(checkpoint, config, others)
+        # Token tables of the old plugin that other tasks use by now stay where they are.
+        kept = [key for key, file in weight_map.items() if file == plugin_file(name) and key not in replaced]
+        tensors |= read_whole(checkpoint / plugin_file(name), kept) if kept else {}
+        unfinished = checkpoint / f"{plugin_file(name)}.unfinished"
+        with writing(checkpoint, unfinished):
+            save_tensors(tensors, unfinished)
+            unfinished.rename(checkpoint / plugin_file(name))
+            tasks = {key: asdict(value) for key, value in grown.tasks.items()}
+            update(checkpoint, others | {plugin_file(name)}, tasks, sources)
 
 
 def shapes_of(config: HealthGPTConfig) -> dict[str, torch.Size]:
@@ -286,6 +321,7 @@ def require_plain_prompt(plugin: Path, checkpoint: Path, task: TaskConfig) -> No
     if not isinstance(task.default_prompt, str):
         raise CheckpointError(f"The default_prompt of {plugin} must be a text, got {task.default_prompt!r:.100}.")
     file = inside(checkpoint, "tokenizer.json", checkpoint)
+    require_no_pointer(file)
     with reading(file):
         token = reserved_token(Tokenizer.from_file(str(file)), task.default_prompt)
     if token is not None:
@@ -294,11 +330,11 @@ def require_plain_prompt(plugin: Path, checkpoint: Path, task: TaskConfig) -> No
 
 def read_plugin(
     folder: Path, name: str | None, config: HealthGPTConfig
-) -> tuple[str, TaskConfig, dict[str, torch.Tensor]]:
-    """Name, settings and tensors of a plugin that lies alone, under the new name if there is one."""
+) -> tuple[str, TaskConfig, dict[str, torch.Tensor], list[dict]]:
+    """Name, settings, tensors and sources of a plugin that lies alone, under the new name if there is one."""
+    require_confined(folder)
     if not os.path.isfile(folder / CONFIG_NAME):
         raise CheckpointError(f"{folder} is no plugin: it has no {CONFIG_NAME}.")
-    require_confined(folder)
     content = read_json(folder / CONFIG_NAME)
     with reading(folder / CONFIG_NAME):
         old, task = content["name"], TaskConfig(**content["task"])
@@ -312,7 +348,17 @@ def read_plugin(
         task.token_tables = tables
     for before, after in names.items():
         tensors = {key.replace(before, after): tensor for key, tensor in tensors.items()}
-    return name, task, tensors
+    with reading(folder / CONFIG_NAME):
+        sources = [
+            {
+                "file": str(source["file"]),
+                "bytes": int(source["bytes"]),
+                "sha256": str(source["sha256"]),
+                "tasks": [name],
+            }
+            for source in content.get("sources", ())
+        ]
+    return name, task, tensors, sources or [as_source(folder / WEIGHTS_NAME, name)]
 
 
 def read_published(
@@ -353,10 +399,13 @@ def published_files(task: str, tables: str | None, tensors: dict) -> dict[str, d
     return {PUBLISHED_NAME: plugin} | ({FUSION_NAME: fusion} if fusion else {})
 
 
-def write_plugin(folder: Path, name: str, task: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes the two files of a plugin that lies alone."""
+def write_plugin(
+    folder: Path, name: str, task: dict, tensors: dict[str, torch.Tensor], sources: list[dict] | None = None
+) -> None:
+    """Writes the two files of a plugin that lies alone, with its sources if they are known."""
     save_tensors(tensors, folder / WEIGHTS_NAME)
-    write_json(folder / CONFIG_NAME, {"name": name, "task": task})
+    known = {"sources": sources} if sources else {}
+    write_json(folder / CONFIG_NAME, {"name": name, "task": task, **known})
 
 
 def read_whole(file: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
@@ -375,9 +424,9 @@ def read_whole(file: Path, names: list[str] | None = None) -> dict[str, torch.Te
 
 def read_checkpoint(checkpoint: Path) -> tuple[HealthGPTConfig, dict[str, str]]:
     """Configuration of a checkpoint and the file that each of its tensors lies in."""
+    require_confined(checkpoint)
     if not os.path.isfile(checkpoint / "config.json"):
         raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
-    require_confined(checkpoint)
     settings = read_json(checkpoint / "config.json")
     if settings.get("model_type") != HealthGPTConfig.model_type:
         raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint.")
@@ -403,21 +452,29 @@ def require_changeable(checkpoint: Path, config: HealthGPTConfig, files: set[str
         record = read_record(checkpoint)
         with reading(checkpoint / RECORD_NAME):
             build_card(config, record)
+            for source in record["sources"]:
+                set(source.get("tasks", ()))
 
 
-def update(checkpoint: Path, files: set[str], tasks: dict[str, dict], added: list[Path] | None = None) -> None:
+def update(checkpoint: Path, files: set[str], tasks: dict[str, dict], added: list[dict] | None = None) -> None:
     """
     Makes index, processor, configuration, record and card say the same, of weight files that are there.
 
     `config.json` names the tasks; the record and the card follow from it. It is written last when a task is added, and right
     after these two when one is taken out, so that after a kill in between the same call, or `add_plugin` with the plugin that
     was taken out, puts everything right.
+
+    Args:
+        checkpoint (`Path`): The checkpoint.
+        files (`set[str]`): Its weight files from now on.
+        tasks (`dict[str, dict]`): Its tasks from now on.
+        added (`list[dict]`, *optional*): If a task is added, the sources of its plugin as the record has them.
     """
     config, processor = read_json(checkpoint / "config.json"), read_json(checkpoint / PROCESSOR_NAME)
     old, renamed = HealthGPTConfig.from_dict(config), {SINGLE_NAME: NUMBERED_NAME}
     config |= {"tasks": tasks}
     if added is None:
-        update_record(checkpoint, old, HealthGPTConfig.from_dict(config), files)
+        update_record(checkpoint, old, HealthGPTConfig.from_dict(config), files, [])
         write_json(checkpoint / "config.json", config)
     keys = ("kind", "default_prompt")
     processor["tasks"] = {name: {key: task[key] for key in keys} for name, task in tasks.items()}
@@ -432,18 +489,35 @@ def update(checkpoint: Path, files: set[str], tasks: dict[str, dict], added: lis
 
 
 def update_record(
-    checkpoint: Path, old: HealthGPTConfig, new: HealthGPTConfig, weights: set[str], added: list[Path] | None = None
+    checkpoint: Path, old: HealthGPTConfig, new: HealthGPTConfig, weights: set[str], added: list[dict]
 ) -> None:
-    """Brings record and model card, if there are some, up to date; a card that somebody else has written stays as it is."""
+    """
+    Brings record and model card, if there are some, up to date; a card that somebody else has written stays as it is.
+
+    Sources that belong to none but tasks that are gone, or that the added plugin takes the place of, go.
+    """
     if not (checkpoint / RECORD_NAME).is_file():
         return
     before = read_record(checkpoint)
-    record = dict(before)
-    others = {file for file in record["files"] if not file.endswith(".safetensors")}
-    record |= {"fingerprint": None, "files": sorted(others | weights)}
-    for path in added or []:
-        content = path.read_bytes()
-        source = {"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        record["sources"] = [other for other in record["sources"] if other != source] + [source]
+    others = {file for file in before["files"] if not file.endswith(".safetensors")}
+    gone = {task for source in added for task in source["tasks"]} | (old.tasks.keys() - new.tasks.keys())
+    kept = [source for source in before["sources"] if not source.get("tasks") or not gone.issuperset(source["tasks"])]
+    record = before | {"fingerprint": None, "files": sorted(others | weights), "sources": kept + added}
     rewrite_card(checkpoint, (old, before), (new, record))
     write_json(checkpoint / RECORD_NAME, record)
+
+
+def sources_of(checkpoint: Path, task: str) -> list[dict]:
+    """What the record of a checkpoint, if there is one, has as sources of a task's plugin."""
+    if not (checkpoint / RECORD_NAME).is_file():
+        return []
+    record = read_record(checkpoint)
+    with reading(checkpoint / RECORD_NAME):
+        return [source for source in record["sources"] if task in source.get("tasks", ())]
+
+
+def as_source(path: Path, task: str) -> dict:
+    """A file that a plugin was put in from, as the record of an export has its sources."""
+    content = path.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    return {"file": name_of(path), "bytes": len(content), "sha256": sha256, "tasks": [task]}

@@ -36,7 +36,7 @@ from ..hub_export.card import CARD_NAME
 from ..hub_export.plugins import extract_plugin
 from ..hub_export.write import write_json
 from ..refusals import files, memory, printable
-from ..runs import begin
+from ..runs import running
 from ..samples import read_samples
 from ..training import (
     HealthGPTTrainer,
@@ -115,29 +115,29 @@ def build(work: Path, output: Path, scale: float = 1.0, compare: bool = False) -
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    begin(work, {"scale": scale, "stages": [repr(stage) for stage in STAGES]})
-    build_parts(work, scale, log)
-    model, processor = run_stages(work, work / "stages", STAGES, scale, log)
-    publish(model, processor, work)
-    log("export")
-    exported = work / "exported" / output.name  # a checkpoint remembers the name of its folder
-    exported.parent.mkdir(exist_ok=True)
-    shutil.rmtree(exported, ignore_errors=True)
-    export(sources_of(work, work / "trained"), exported)
-    model, processor = load(exported)
-    own = measure(model, processor, work / "report.json", scale, log)
-    (work / "compared").mkdir(exist_ok=True)
-    for way, stages in WAYS.items() if compare else ():
-        log(way)
-        trained = run_stages(work, work / "stages", stages, scale, log)
-        measure(*trained, work / f"compared/{way}.json", scale, log)
-    compared = {way: work / f"compared/{way}.json" for way in WAYS}
-    compared = {way: json.loads(path.read_text()) for way, path in compared.items() if path.exists()}
-    card = nano_card(output.name, model.num_parameters(), own, compared, describe(model, processor, REAL))
-    (exported / CARD_NAME).write_text(card, encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
-    shutil.copytree(exported, output)
-    log(f"{output}: {sum(path.stat().st_size for path in output.iterdir()) / 1e6:.1f} MB")
+    with running(work, {"scale": scale, "stages": [repr(stage) for stage in STAGES]}):
+        build_parts(work, scale, log)
+        model, processor = run_stages(work, work / "stages", STAGES, scale, log)
+        publish(model, processor, work)
+        log("export")
+        exported = work / "exported" / output.name  # a checkpoint remembers the name of its folder
+        exported.parent.mkdir(exist_ok=True)
+        shutil.rmtree(exported, ignore_errors=True)
+        export(sources_of(work, work / "trained"), exported)
+        model, processor = load(exported)
+        own = measure(model, processor, work / "report.json", scale, log)
+        (work / "compared").mkdir(exist_ok=True)
+        for way, stages in WAYS.items() if compare else ():
+            log(way)
+            trained = run_stages(work, work / "stages", stages, scale, log)
+            measure(*trained, work / f"compared/{way}.json", scale, log)
+        compared = {way: work / f"compared/{way}.json" for way in WAYS}
+        compared = {way: json.loads(path.read_text()) for way, path in compared.items() if path.exists()}
+        card = nano_card(output.name, model.num_parameters(), own, compared, describe(model, processor, REAL))
+        (exported / CARD_NAME).write_text(card, encoding="utf-8")
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.copytree(exported, output)
+        log(f"{output}: {sum(path.stat().st_size for path in output.iterdir()) / 1e6:.1f} MB")
 
 
 def build_parts(work: Path, scale: float, log: Log) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import termios
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 import pytest
@@ -167,6 +168,28 @@ def test_plugins_are_listed_taken_out_and_put_in(healthgpt, folder, tmp_path):
     assert again.returncode == 1 and "has a task 'ct_to_mri' already" in again.stderr
 
 
+def test_of_plugins_that_are_added_and_taken_out_at_once_none_is_lost(healthgpt, folder, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(folder, checkpoint)
+    assert healthgpt("plugin", "extract", folder, "generation", "-o", tmp_path / "plugin").returncode == 0
+    commands = {name: ("add", checkpoint, tmp_path / "plugin", "--name", name) for name in ("one", "two", "three")} | {
+        "generation": ("extract", checkpoint, "generation", "-o", tmp_path / "out", "--remove")
+    }
+    with ThreadPoolExecutor() as pool:
+        results = dict(
+            zip(commands, pool.map(lambda each: healthgpt("plugin", *each), commands.values()), strict=True)
+        )
+    done = {name for name, result in results.items() if result.returncode == 0}
+    refused = [result.stderr for name, result in results.items() if name not in done]
+    assert done and all(f"Error: Another command is changing {checkpoint}: " in text for text in refused), refused
+    expected = {"comprehension"} | {name for name in results if (name in done) != (name == "generation")}
+    listed = json.loads(healthgpt("plugin", "list", checkpoint, "--json").stdout)
+    assert listed.keys() == expected and all(plugin["tensors"] for plugin in listed.values())
+    record = json.loads((checkpoint / "healthgpt_export.json").read_text())
+    assert set(record["files"]) == {path.name for path in checkpoint.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint", "plugin", "out"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -175,7 +198,7 @@ def test_plugins_are_listed_taken_out_and_put_in(healthgpt, folder, tmp_path):
         (["ask", "-c", "FOLDER", ""], "a question or instruction, is empty"),
         (["ask", "-c", "FOLDER", GOLDEN / "m3/cases.json", "What?"], "is not a picture that can be read"),
         (["ask", "-c", "FOLDER", "--task", "generation", "What?"], "no task 'generation' that answers in words"),
-        (["ask", "-c", "nowhere", "What?"], "nowhere is neither a folder nor a Hub repository"),
+        (["ask", "-c", "nowhere", "What?"], "There is no folder nowhere, and a Hub repository is written user/name"),
         (["ask", "-c", "user/nowhere", "What?"], r"couldn't connect to .* Check your internet connection .*mode'\.$"),
         (["ask", "-c", "FOLDER", "--dtype", "int3", "What?"], "There is no dtype 'int3'"),
         (["ask", "-c", "FOLDER", "word " * 5000], "the model's window is 4096 tokens"),
@@ -274,7 +297,7 @@ def test_a_mistake_leaves_no_traceback_and_help_needs_no_torch():
     healthgpt = "from healthgpt.app.cli import main; main()"
     result = run(healthgpt, "ask", "-c", "nowhere", "What?")
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "Error: nowhere is neither a folder nor a Hub repository, which is written user/name.\n"
+    assert result.stderr == "Error: There is no folder nowhere, and a Hub repository is written user/name.\n"
     assert run(healthgpt, "--version").stdout == f"healthgpt {version('healthgpt')}\n"
     script = "import sys; from healthgpt.app import cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert run(script).stdout == "False False\n"

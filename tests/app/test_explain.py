@@ -89,7 +89,7 @@ def test_a_figure_is_there_whole_or_not_at_all(folder, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(tmp_path):
     (tmp_path / "file").touch()
-    result = explain("-c", "nowhere", "What?", "-o", tmp_path / "file/out")
+    result = explain("-c", "nano", "What?", "-o", tmp_path / "file/out")
     assert str(result.exception) == f"{tmp_path / 'file/out'} cannot be made: Not a directory."
 
 

@@ -17,6 +17,7 @@ from healthgpt.app.common import NANO, split_arguments
 from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.evaluation import answers as evaluation_answers
 from healthgpt.hub_export import merge
+from healthgpt.locks import alone
 from healthgpt.refusals import loading, memory
 from healthgpt.training import HealthGPTTrainer
 
@@ -108,6 +109,26 @@ def ends(monkeypatch, capsys, tmp_path):
         (f"plugin add full {LONG}", "full"),
         (f"push {LONG} user/name", LONG),
         (f"ui --host {LONG}", LONG),
+        ("ask -c ./nowhere What?", "There is no folder ./nowhere, "),
+        ("draw -c ../nowhere Draw. -o out.png", "There is no folder ../nowhere, "),
+        ("explain -c ~/nowhere What? -o out", "There is no folder ~/nowhere, "),
+        ("info no/where/", "There is no folder no/where/, "),
+        ("info nowhere/", "There is no folder nowhere/, "),
+        ("bench -c /nowhere", "There is no folder /nowhere, "),
+        ("train answers.jsonl -c ./nowhere -o out", "There is no folder ./nowhere, "),
+        ("eval answers samples answers.jsonl -c ./nowhere -o out", "There is no folder ./nowhere, "),
+        ("eval draw answers.jsonl -c ./nowhere -o out", "There is no folder ./nowhere, "),
+        ("export --base ./nowhere --vision full --comprehension file --output out", "There is no folder ./nowhere, "),
+        ("export --base full --vision nowhere/ --comprehension file --output out", "There is no folder nowhere/, "),
+        (
+            "export --base ./nowhere@main --vision full --comprehension file --output out",
+            "There is no folder ./nowhere",
+        ),
+        ("plugin list ./nowhere", "The folder nowhere does not exist"),
+        ("plugin extract ./nowhere generation -o out", "The folder nowhere does not exist"),
+        ("plugin add ./nowhere full", "The folder nowhere does not exist"),
+        (f"plugin add {NANO} ./nowhere", "The folder nowhere does not exist"),
+        ("push ./nowhere user/name", "The folder nowhere does not exist"),
         (f"ui -c {LONG} --port 7999", LONG),
     ],
 )
@@ -116,6 +137,36 @@ def test_a_mistake_is_one_sentence_that_names_it(command, value, ends, tmp_path)
     code, printed, said = ends(*command.split(" "))
     [error] = [line for line in said.splitlines() if line.startswith("Error: ")]
     assert (code, printed) == (1, "") and value in error and set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("held", "command"),
+    [
+        ("answers.csv", "ask -c nano study What? -o answers.csv"),
+        ("out", "eval answers samples answers.jsonl -c nano -o out"),
+        ("out", "eval draw pairs.jsonl -c nano -o out"),
+        ("out", "eval pictures study study -o out"),
+        ("out", "train answers.jsonl -c nano -o out"),
+        ("out", "plugin extract copy generation -o out"),
+        ("copy", "plugin extract copy generation -o out --remove"),
+        ("copy", "plugin add copy plugin"),
+        ("copy", "push copy user/name"),
+        ("out", "export --base base --vision vision --comprehension plugin --output out"),
+    ],
+)
+def test_what_another_command_changes_is_not_changed_and_that_is_told(held, command, ends, tmp_path):
+    shutil.copytree(NANO, "copy")
+    os.mkdir("out")  # where it is no mistake
+    if "extract" in command:
+        os.rmdir("out")
+    sample = {"task": "generation", "instruction": "Draw.", "target_image": "ct.png"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(sample))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with alone(held):
+        code, printed, said = ends(*command.split(" "))
+    [error] = [line for line in said.splitlines() if line.startswith("Error: ")]
+    assert (code, printed) == (1, "") and f"{held}: wait until it has ended" in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 QUESTIONS = (
@@ -193,6 +244,7 @@ def test_the_bars_of_a_terminal_take_no_name_for_markup(ends, monkeypatch, tmp_p
         ("processor_config.json", None),
         ("tokenizer.json", "[1]"),
         ("tokenizer.json", "{}"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
         ("tokenizer_config.json", "{}"),
         ("model.safetensors.index.json", "{}"),
         ("model.safetensors.index.json", '{"weight_map"'),

@@ -173,7 +173,7 @@ def test_mistakes_are_answered_in_one_sentence_before_anything_is_measured(folde
         ),
         (["--cpu-memory", "much"], "--cpu-memory is a size such as 12GB or 500MB, not 'much'."),
         (["--precisions", "float32,8bit"], "This needs accelerate: pip install healthgpt[train]."),
-        (["-c", "nowhere"], "nowhere is neither a folder nor a Hub repository"),
+        (["-c", "nowhere"], "There is no folder nowhere, "),
         (["-c", tmp_path / "quantised"], "quantised is quantised already: name the checkpoint that it was made from."),
         (["-c", tmp_path / "silent"], "silent has no task that answers in words"),
     ):

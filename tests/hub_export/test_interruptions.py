@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, full_disk, refused, sources_of, weights_of
 
+from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.hub_export import CheckpointError, export
 
 
@@ -101,7 +102,7 @@ def test_two_exports_to_one_folder_at_once(files):
     sources, output = files
 
     def export_again(stage, total):
-        with pytest.raises(CheckpointError, match=r"Another export to .*out is under way"):
+        with pytest.raises(HealthGPTError, match=r"Another command is changing .*out: "):
             export(sources, output)
         return lambda nbytes: None
 

@@ -13,6 +13,7 @@ from conftest import GOLDEN, refused, sources_of, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.hub_export import CheckpointError, ExportSources, export
 from healthgpt.hub_export.plan import build_plan
 
@@ -390,7 +391,7 @@ def test_a_tied_base_may_store_its_head_if_it_is_the_same(files):
 
 def test_the_output_folder_may_be_a_dot_or_a_link_but_not_in_a_missing_folder(files, monkeypatch):
     sources, output = files
-    with pytest.raises(CheckpointError, match="in which out is to be made, does not exist"):
+    with pytest.raises(HealthGPTError, match=r"The folder .*b does not exist\."):
         export(sources, output.parent / "a" / "b" / "out")
     assert [path.name for path in output.parent.iterdir()] == ["m3"]
     for name in ("here", "there"):

@@ -11,6 +11,7 @@ from conftest import GOLDEN, full_disk, inputs_of, sources_of, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.hub_export import CheckpointError, export
 from healthgpt.hub_export.plugins import add_plugin, extract_plugin, list_plugins
 
@@ -33,6 +34,7 @@ def test_a_plugin_taken_out_and_put_in_again_under_another_name(folder, tmp_path
     cases = json.loads((GOLDEN / "m3/cases.json").read_text())["cases"]
     before = weights_of(folder)
     shared = (folder / "model-00001-of-00001.safetensors").stat()
+    sources = json.loads((folder / "healthgpt_export.json").read_text())["sources"]
     sizes = list_plugins(folder)
     assert sizes["comprehension"]["bytes"] < sizes["generation"]["bytes"]
 
@@ -40,6 +42,7 @@ def test_a_plugin_taken_out_and_put_in_again_under_another_name(folder, tmp_path
     modes = {path.stat().st_mode for path in (tmp_path / "plugin").iterdir()}
     assert modes == {(folder / "config.json").stat().st_mode}  # private files could not be shared
     assert list(list_plugins(folder)) == ["comprehension"]
+    assert "gen_hlora" not in (folder / "README.md").read_text()
     assert answers(folder, cases[1], "comprehension")
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     with pytest.raises(ValueError, match="has no task 'generation'; it has comprehension"):
@@ -57,11 +60,48 @@ def test_a_plugin_taken_out_and_put_in_again_under_another_name(folder, tmp_path
 
     record = json.loads((folder / "healthgpt_export.json").read_text())
     assert set(record["files"]) == {path.name for path in folder.iterdir()}  # `push` takes all of it
-    assert record["sources"][-1]["file"] == "plugin.safetensors"
+    renamed = [{**source, "tasks": ["ct_to_mri"]} for source in sources if source["tasks"] == ["generation"]]
+    assert [source["file"] for source in renamed] == ["m3/gen_hlora_weights.bin", "m3/fusion_layer_weights.bin"]
+    assert record["sources"] == [source for source in sources if source["tasks"] != ["generation"]] + renamed
     card = (folder / "README.md").read_text()
     assert "| `ct_to_mri` | image |" in card and "| `generation` |" not in card and 'task="ct_to_mri"' in card
     with pytest.raises(CheckpointError, match="it holds another export"):
         export(sources_of(GOLDEN / "m3"), folder)
+
+
+def test_sources_that_a_plugin_or_a_record_says_are_checked_before_anything_changes(folder, tmp_path):
+    plugin = tmp_path / "plugin"
+    extract_plugin(folder, "generation", plugin)
+    content, record = (
+        json.loads(path.read_text()) for path in (plugin / "plugin_config.json", folder / "healthgpt_export.json")
+    )
+    before = files_of(folder)
+    [first, _] = content["sources"]
+    for spoilt in ("x", 1, [1], [{}], [first | {"bytes": "many"}], [first | {"bytes": float("inf")}]):
+        (plugin / "plugin_config.json").write_text(json.dumps(content | {"sources": spoilt}))
+        with pytest.raises(CheckpointError, match=r"plugin_config\.json cannot be used: "):
+            add_plugin(folder, plugin, name="other")
+        assert files_of(folder) == before
+    hostile = first | {"file": "a | b\n# New", "tasks": [[1]]}
+    (plugin / "plugin_config.json").write_text(json.dumps(content | {"sources": [hostile]}))
+    for tasks in (5, [[1]]):
+        spoilt = record | {"sources": [record["sources"][0] | {"tasks": tasks}]}
+        (folder / "healthgpt_export.json").write_text(json.dumps(spoilt))
+        before = files_of(folder)
+        for call in (
+            lambda: add_plugin(folder, plugin, name="other"),
+            lambda: extract_plugin(folder, "generation", tmp_path / "out", remove=True),
+        ):
+            with pytest.raises(CheckpointError, match=r"healthgpt_export\.json cannot be used: "):
+                call()
+        assert files_of(folder) == before and not (tmp_path / "out").exists()
+    (folder / "healthgpt_export.json").write_text(json.dumps(record))
+    add_plugin(folder, plugin, name="other")
+    assert "| a \\| b\\\\n\\# New |" in (folder / "README.md").read_text()
+    (plugin / "plugin_config.json").write_text(json.dumps({key: content[key] for key in ("name", "task")}))
+    add_plugin(folder, plugin, name="other", replace=True)  # of a trained plugin nothing but itself is known
+    added = json.loads((folder / "healthgpt_export.json").read_text())["sources"]
+    assert added[:-1] == record["sources"] and added[-1]["file"] == "plugin/plugin.safetensors"
 
 
 def test_a_published_file_put_in(folder, tmp_path):
@@ -75,7 +115,7 @@ def test_a_published_file_put_in(folder, tmp_path):
     renamed = {name.replace("generation", "ct_to_mri"): tensor for name, tensor in before.items()}
     assert after.keys() == renamed.keys() and all(torch.equal(after[name], renamed[name]) for name in after)
     record = json.loads((folder / "healthgpt_export.json").read_text())
-    assert [source["file"] for source in record["sources"][-2:]] == [file.name, fusion.name]
+    assert [source["file"] for source in record["sources"][-2:]] == [f"m3/{file.name}", f"m3/{fusion.name}"]
 
     add_plugin(folder, file, "of_the_base", kind="image", alpha=3.0)
     task = json.loads((folder / "config.json").read_text())["tasks"]["of_the_base"]
@@ -104,7 +144,7 @@ def kill_before_change(monkeypatch, number, call):
 
     def counted(method):
         def change(path, *arguments, **options):
-            if next(count) == number:
+            if path.suffix != ".lock" and next(count) == number:  # a lock stops nobody once its holder is killed
                 raise KeyboardInterrupt
             return method(path, *arguments, **options)
 
@@ -285,7 +325,7 @@ def test_what_does_not_fit_leaves_the_checkpoint_as_it_was(folder, tmp_path, che
     with pytest.raises(CheckpointError, match="exists already"):
         extract_plugin(folder, "generation", plugin)
     for output, message in (("nowhere/x", r"The folder .*nowhere does not exist\.$"), ("x" * 300, "name too long")):
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(HealthGPTError, match=message):
             extract_plugin(folder, "generation", tmp_path / output)
     for name in ("x" * 300, "x" * 240):
         with pytest.raises(CheckpointError, match="name too long"):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .errors_healthgpt import HealthGPTError
 
 # Raised with every change of the code that travels with checkpoints after which older code cannot load them.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 GIT_LFS = b"version https://git-lfs"  # how git-lfs's pointers begin
 
@@ -34,6 +34,15 @@ CUSTOM_PIPELINES = {
 }
 
 
+def require_codes(codes: list, length: int, num_codes: int, name: str) -> None:
+    """
+    Raises:
+        HealthGPTError: if they are not so many whole numbers from 0 on below `num_codes`; the sentence begins with `name`.
+    """
+    if not (isinstance(codes, list) and len(codes) == length and all(code in range(num_codes) for code in codes)):
+        raise HealthGPTError(f"{name} are the {length} codes of an image, whole numbers from 0 to {num_codes - 1}.")
+
+
 @dataclass
 class TaskConfig:
     """
@@ -52,6 +61,11 @@ class TaskConfig:
         token_tables (`str`, *optional*): Name of the embedding table and head of the task. `None` means the base's.
         default_prompt (`str`, *optional*): Instruction used when a message brings a picture but no text.
         dropout (`float`, defaults to 0.0): Share of the inputs of A that is zeroed during training.
+        follows_input (`bool`, defaults to `True`): Whether what is drawn shows, place by place, what the input image shows:
+            then the codes of that image are what a drawing is expected to be near to, which saves passes and changes nothing
+            else.
+        typical_codes (`list[int]`, *optional*): What is drawn most often, place by place, as codes from 0: the same for
+            prompts without an input image.
 
     Raises:
         HealthGPTError: if a value is none that the model can be built with; the sentence names it.
@@ -65,6 +79,8 @@ class TaskConfig:
     token_tables: str | None = None
     default_prompt: str | None = None
     dropout: float = 0.0
+    follows_input: bool = True
+    typical_codes: list[int] | None = None
 
     def __post_init__(self):
         if self.kind not in ("text", "image"):
@@ -198,6 +214,12 @@ class HealthGPTConfig(PreTrainedConfig):
         if task.kind == "image" and (self.vqgan_config is None or self.image_code_offset is None):
             raise HealthGPTError(
                 f"Task {name!r} draws pictures, but the configuration has no VQGAN or no image codes."
+            )
+        if task.typical_codes is not None:
+            if task.kind == "text":
+                raise HealthGPTError(f"Task {name!r} answers in words, so that it has no typical_codes.")
+            require_codes(
+                task.typical_codes, self.num_image_codes, self.vqgan_config.num_codes, f"typical_codes of {name!r}"
             )
         num_states = self.vision_config.num_hidden_layers + 1
         if not -num_states <= task.vision_layer < num_states:

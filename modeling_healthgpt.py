@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel, initialization
@@ -42,8 +41,8 @@ if TYPE_CHECKING:
     # config.json names this class for "any-to-any"; transformers carries along the files that a file imports from.
     from .pipeline_healthgpt import HealthGPTPipeline  # noqa: F401
 
-# The rows of a batch that run with one task: its name and their indices, or None in place of indices for all rows.
-TaskGroup = tuple[str, torch.LongTensor | None]
+# The rows of a batch that run with one task: its name, and None for all rows, a slice of neighbours or else their indices.
+TaskGroup = tuple[str, slice | torch.LongTensor | None]
 
 
 def group_by_task(tasks: list[str], device: torch.device) -> list[TaskGroup]:
@@ -51,16 +50,26 @@ def group_by_task(tasks: list[str], device: torch.device) -> list[TaskGroup]:
     names = list(dict.fromkeys(tasks))
     if len(names) == 1:
         return [(names[0], None)]
-    return [(name, torch.tensor([i for i, task in enumerate(tasks) if task == name], device=device)) for name in names]
+    groups = []
+    for name in names:
+        rows = [row for row, task in enumerate(tasks) if task == name]
+        neighbours = slice(rows[0], rows[-1] + 1)
+        is_run = neighbours.stop - neighbours.start == len(rows)
+        groups.append((name, neighbours if is_run else torch.tensor(rows, device=device)))
+    return groups
 
 
 def run_per_task(groups: list[TaskGroup], function: Callable, inputs: torch.Tensor) -> torch.Tensor:
     """Runs `function(task, rows of inputs)` for every group and returns its results in the order of the batch."""
     if len(groups) == 1:
         return function(groups[0][0], inputs)
-    rows = [rows.to(inputs.device) for _, rows in groups]
-    outputs = [function(task, inputs[indices]) for (task, _), indices in zip(groups, rows, strict=True)]
-    return torch.cat(outputs)[torch.argsort(torch.cat(rows))]
+    output = None
+    for task, rows in groups:
+        rows = rows if isinstance(rows, slice) else rows.to(inputs.device)
+        part = function(task, inputs[rows])
+        output = part.new_empty((len(inputs), *part.shape[1:])) if output is None else output
+        output[rows] = part
+    return output
 
 
 class _Routing(threading.local):
@@ -94,7 +103,7 @@ accept_past_key_values = (
 
 class PluginMatrix(nn.Module):
     """
-    A matrix product of a plugin, `(..., in_features)` to `(..., out_features)`, without a bias.
+    A matrix product of a plugin, `(tokens, in_features)` to `(tokens, out_features)`, without a bias.
 
     It is not an `nn.Linear`, which is what quantisers and PEFT's `"all-linear"` look for: plugins keep their dtype, and
     adapters on top of the model are adapters of the base.
@@ -107,7 +116,7 @@ class PluginMatrix(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, hidden_states):
-        return F.linear(hidden_states, self.weight)
+        return torch.mm(hidden_states, self.weight.t())
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -120,15 +129,17 @@ class HLoRA(nn.Module):
         super().__init__()
         self.num_experts = task.num_experts
         self.scaling = task.alpha / task.rank * task.num_experts
-        self.dropout = nn.Dropout(task.dropout)
+        self.dropout = nn.Dropout(task.dropout) if task.dropout > 0 else nn.Identity()
         self.lora_route = PluginMatrix(in_features, task.num_experts)
         self.lora_A = PluginMatrix(in_features, task.rank)
         self.lora_B = PluginMatrix(task.rank, out_features)
 
     def forward(self, hidden_states):
-        weights = self.lora_route(hidden_states).softmax(dim=-1, dtype=torch.float32).to(hidden_states.dtype)
-        factors = (self.lora_A(self.dropout(hidden_states)) * self.scaling).unflatten(-1, (self.num_experts, -1))
-        return self.lora_B((factors * weights.unsqueeze(-1)).flatten(-2))
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights = self.lora_route(tokens).softmax(dim=-1, dtype=torch.float32).to(tokens.dtype)
+        factors = self.lora_A(self.dropout(tokens))
+        weighted = factors.view(len(tokens), self.num_experts, -1) * weights.view(len(tokens), -1, 1)
+        return self.lora_B(weighted.view(factors.shape)).view(*hidden_states.shape[:-1], -1)
 
 
 class HLoRALinear(nn.Module):
@@ -140,7 +151,7 @@ class HLoRALinear(nn.Module):
 
         w = softmax(R x)                                     (n)   router: per token, dense, no top-k
         s = alpha / r * n
-        y = W x + b + B (repeat_interleave(w, r / n) * (A x * s))
+        y = W x + b + s * B (repeat_interleave(w, r / n) * A x)
 
                  +---------------- W, b (frozen) -----------------+
         x (in) --+-- A (r x in) --> n blocks of r / n --*-- B ----+--> y (out)
@@ -163,9 +174,16 @@ class HLoRALinear(nn.Module):
 
     def forward(self, hidden_states):
         output = self.base_layer(hidden_states)
-        if not _routing.groups:
-            return output
-        return output + run_per_task(_routing.groups, lambda task, rows: self.plugins[task](rows), hidden_states)
+        for task, rows in _routing.groups:
+            plugin = self.plugins[task]
+            if rows is None:
+                output.add_(plugin(hidden_states), alpha=plugin.scaling)
+            elif isinstance(rows, slice):
+                output[rows].add_(plugin(hidden_states[rows]), alpha=plugin.scaling)
+            else:
+                rows = rows.to(output.device)
+                output.index_add_(0, rows, plugin(hidden_states[rows]), alpha=plugin.scaling)
+        return output
 
     def unload_and_optionally_merge_module(self, **kwargs) -> "HLoRALinear":
         """

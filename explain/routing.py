@@ -5,6 +5,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
+from transformers import GenerationConfig
 
 
 @contextmanager
@@ -34,22 +35,32 @@ def trace_routing(model):
     steps = defaultdict(lambda: defaultdict(list))
     thread = threading.get_ident()
 
-    def recorder(task, linear):
+    def recorders(task, linear):
         def record(module, inputs, logits):
             if threading.get_ident() == thread:
                 steps[task][linear].append(logits.detach().softmax(dim=-1, dtype=torch.float32))
 
-        return record
+        def restore_rows(module, inputs, output):
+            if threading.get_ident() == thread:
+                steps[task][linear].append(steps[task][linear].pop().view(*inputs[0].shape[:-1], -1))
+
+        return record, restore_rows
 
     hooks = []
     for name, module in model.base_model.language_model.named_modules():
-        if name.endswith(".lora_route"):
-            linear, _, task, _ = name.rsplit(".", 3)
-            hooks.append(module.register_forward_hook(recorder(task, linear)))
+        if hasattr(module, "lora_route"):
+            linear, _, task = name.rsplit(".", 2)
+            record, restore_rows = recorders(task, linear)
+            hooks.append(module.lora_route.register_forward_hook(record))
+            hooks.append(module.register_forward_hook(restore_rows))
     weights = {}
+    config = getattr(model, "generation_config", GenerationConfig())
+    codes_per_pass = getattr(config, "codes_per_pass", None)
+    config.codes_per_pass = 1  # passes over drafts hold tokens that are not written
     try:
         yield weights
     finally:
+        config.codes_per_pass = codes_per_pass
         for hook in hooks:
             hook.remove()
     for task, linears in steps.items():

@@ -64,6 +64,7 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent
 HUB_FILES = (
     "configuration_healthgpt.py",
+    "drafting_healthgpt.py",
     "errors_healthgpt.py",
     "generation_healthgpt.py",
     "images_healthgpt.py",

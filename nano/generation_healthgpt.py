@@ -11,10 +11,10 @@ import copy
 import math
 
 import torch
-import transformers
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import (
+    EosTokenCriteria,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -22,11 +22,16 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 
-from .configuration_healthgpt import task_from_mode
+from .configuration_healthgpt import require_codes, task_from_mode
+from .drafting_healthgpt import (
+    CACHE_NAME,
+    TRANSFORMERS_VERSION,
+    CoupledSampling,
+    DraftedPasses,
+    PassWidths,
+    as_targets,
+)
 from .errors_healthgpt import HealthGPTError
-
-TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-CACHE_NAME = "cache" if TRANSFORMERS_VERSION >= (5, 24) else "past_key_values"
 
 
 class ImageTokenLogitsProcessor(LogitsProcessor):
@@ -42,12 +47,14 @@ class ImageTokenLogitsProcessor(LogitsProcessor):
     def __init__(self, draws: torch.BoolTensor, code_offset: int, num_codes: int):
         self.draws = draws
         self.codes = slice(code_offset, code_offset + num_codes)
+        self.forbidden = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        draws = self.draws.to(scores.device).repeat_interleave(len(scores) // len(self.draws))
-        forbidden = torch.ones(scores.shape[-1], dtype=torch.bool, device=scores.device)
-        forbidden[self.codes] = False
-        return scores.masked_fill(draws.unsqueeze(1) & forbidden, -math.inf)
+        if self.forbidden is None or self.forbidden.device != scores.device:
+            draws = self.draws.to(scores.device).repeat_interleave(len(scores) // len(self.draws))
+            self.forbidden = draws.unsqueeze(1).repeat(1, scores.shape[-1])
+            self.forbidden[:, self.codes] = False
+        return scores.masked_fill(self.forbidden, -math.inf)
 
 
 def cached_length(cache: Cache | None) -> int:
@@ -87,6 +94,8 @@ class HealthGPTGenerationMixin(GenerationMixin):
         task: str | list[str] | None = None,
         generation_mode: str | None = None,
         constrain_image_tokens: bool = True,
+        draft_codes: torch.LongTensor | None = None,
+        codes_per_pass: int | None = None,
         **kwargs,
     ):
         """
@@ -105,6 +114,13 @@ class HealthGPTGenerationMixin(GenerationMixin):
             generation_mode (`str`, *optional*): `"text"` means task `"comprehension"`, `"image"` task `"generation"`.
             constrain_image_tokens (`bool`, defaults to `True`): Whether drawing rows are held to image codes. `False`
                 lets the model write what it likes, by default for one picture of tokens, as the published scripts do.
+            draft_codes (`torch.LongTensor` of shape `(batch, num_image_codes)`, *optional*): Codes, from 0, that the images
+                are expected to be near to; rows that answer ignore theirs. They change how many passes a drawing takes,
+                never the drawing. By default those of the input image where the task follows it
+                (`TaskConfig.follows_input`).
+            codes_per_pass (`int`, *optional*, defaults to `model.generation_config.codes_per_pass` if that is set): How many codes
+                a pass reads at most; 1 is one after another. By default the number that this device draws fastest with,
+                measured by the first passes (see `PassWidths`).
 
         Returns:
             As `GenerationMixin.generate`: ids of prompt and continuation, `(batch * num_return_sequences, length)`.
@@ -169,6 +185,19 @@ class HealthGPTGenerationMixin(GenerationMixin):
                 stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
                 stopping_criteria.append(RowLengthCriteria(0 if input_ids is None else prompt.shape[1], limits))
             limit = int(limits.max())
+            if constrain_image_tokens:
+                if draft_codes is not None:
+                    num_codes, range_of_codes = self.config.num_image_codes, self.config.vqgan_config.num_codes
+                    if draft_codes.shape != (len(prompt), num_codes):
+                        raise HealthGPTError(
+                            f"draft_codes have the shape (batch, codes of an image), here {(len(prompt), num_codes)}, got "
+                            f"{tuple(draft_codes.shape)}."
+                        )
+                    for row in draft_codes.tolist():
+                        require_codes(row, num_codes, range_of_codes, "The rows of draft_codes")
+                kwargs["draft_codes"] = draft_codes
+                if codes_per_pass is not None:
+                    kwargs["codes_per_pass"] = codes_per_pass
         if limit is not None and generation_config is None:
             kwargs["max_new_tokens"] = limit
         elif limit is not None:
@@ -183,6 +212,81 @@ class HealthGPTGenerationMixin(GenerationMixin):
             task=tasks[0] if len(set(tasks)) == 1 else tasks,
             **kwargs,
         )
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        draft_codes=None,
+        codes_per_pass=None,
+        **kwargs,
+    ):
+        """Greedy search and sampling, where images are drawn with several codes a pass."""
+        model = self
+        if codes_per_pass is None:
+            codes_per_pass = getattr(generation_config, "codes_per_pass", None)
+        if codes_per_pass is not None and not (isinstance(codes_per_pass, int) and codes_per_pass >= 1):
+            raise HealthGPTError(f"codes_per_pass is a whole number from 1 on, got {codes_per_pass!r}.")
+        grammar = next((item for item in logits_processor if isinstance(item, ImageTokenLogitsProcessor)), None)
+        can_draft = (
+            grammar is not None
+            and (codes_per_pass != 1 or generation_config.do_sample)
+            and getattr(kwargs.get(CACHE_NAME), "is_croppable", False)  # no cache of transformers before 5.24 is
+            and not (synced_gpus or getattr(generation_config, "is_assistant", False))
+            and not (generation_config.output_attentions or generation_config.output_hidden_states)
+        )
+        if can_draft:
+            draws = grammar.draws.repeat_interleave(len(input_ids) // len(grammar.draws))
+            if draft_codes is None:
+                draft_codes = self._expected_codes(input_ids, draws, kwargs)
+            drafts = input_ids.new_zeros((len(input_ids), generation_config.max_length - input_ids.shape[1]))
+            drafts[:, : draft_codes.shape[1]] = draft_codes + grammar.codes.start
+            sampling = None
+            if generation_config.do_sample and not generation_config.output_scores:
+                temperature = generation_config.temperature or 1.0
+                sampling = CoupledSampling(draws, grammar.codes, input_ids.shape[1], draft_codes.shape[1], temperature)
+                logits_processor.append(sampling)
+            forbids = logits_processor[0] is grammar and not generation_config.output_logits
+            if forbids:  # once for all codes of a pass
+                logits_processor = LogitsProcessorList(logits_processor[1:])
+            if draws.all():  # image codes end nothing
+                stopping_criteria = StoppingCriteriaList(
+                    item for item in stopping_criteria if not isinstance(item, EosTokenCriteria)
+                )
+            seconds = self.__dict__.setdefault("_pass_seconds", {})
+            widths = PassWidths(seconds.setdefault((self.device, self.dtype, len(input_ids)), {}), codes_per_pass)
+            pad_token_id = generation_config._pad_token_tensor
+            model = DraftedPasses(self, grammar.codes, draws, drafts, widths, pad_token_id, sampling, forbids)
+        output = GenerationMixin._sample(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **kwargs
+        )
+        if can_draft:
+            model.finish(getattr(output, "sequences", output).shape[1])
+        return output
+
+    def _expected_codes(self, input_ids, draws, kwargs):
+        """The draft of every row that draws: the codes of its first input image if its task follows it, or typical ones."""
+        codes = input_ids.new_zeros((len(input_ids), self.config.num_image_codes))
+        tasks = [self.config.tasks[name] for name in self.model.tasks_of_rows(kwargs["task"], len(input_ids))]
+        for row, task in enumerate(tasks):
+            if task.typical_codes is not None:
+                codes[row] = codes.new_tensor(task.typical_codes)
+        pixel_values = kwargs.get("pixel_values")
+        images = (input_ids == self.config.image_token_id).sum(dim=1) // self.config.num_image_patches
+        if (
+            pixel_values is None or self.model.vqgan is None or images.sum() != len(pixel_values)
+        ):  # a kept cache has some
+            return codes
+        follows = torch.tensor([task.follows_input for task in tasks], device=images.device)
+        rows = (draws & follows & (images > 0)).nonzero()[:, 0]
+        if len(rows) > 0:
+            first = (images.cumsum(0) - images)[rows]
+            targets = as_targets(pixel_values[first].float(), self.config.vqgan_config.resolution)
+            codes[rows] = self.encode_image(targets).to(codes.device)
+        return codes
 
     def _append_image_start(self, input_ids, attention_mask, draws, cached, is_embedded):
         """Appends `<start_index>` to drawing rows that lack it; the other rows get one more pad on the left."""
@@ -264,6 +368,8 @@ class HealthGPTGenerationMixin(GenerationMixin):
         pixel_values=None,
         inputs_embeds=None,
         is_first_iteration=False,
+        draft_codes=None,  # these two are for `_sample`
+        codes_per_pass=None,
         **kwargs,
     ):
         model_inputs = super().prepare_inputs_for_generation(

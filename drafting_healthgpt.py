@@ -253,7 +253,8 @@ class PassWidths:
         if len(self.seconds) < 2:
             return 1
         one, widest = min(self.seconds[1]), max(self.seconds)
-        slope = (min(self.seconds[widest]) - one) / (widest - 1)
+        wide = [width for width in self.seconds if width > 1 and width >= widest / 4]
+        slope = min((min(self.seconds[width]) - one) / (width - 1) for width in wide)
         # The largest w**exponent / (constant + slope * w)
         return max(1, self.exponent / (1 - self.exponent) * (one - slope) / slope) if slope > 0 else math.inf
 
@@ -268,11 +269,9 @@ class PassWidths:
         return int(min(wanted, remaining))
 
     def add(self, width: int, seconds: float) -> None:
-        """Keeps the time of a pass if it tells something new."""
-        if self.fixed is None and width >= max(self.seconds, default=1):
-            times = self.seconds.setdefault(width, [])
-            if len(times) < self.TIMES:
-                times.append(seconds)
+        """Keeps the time of a pass if it is among the shortest: a device that does other work meanwhile takes longer."""
+        if self.fixed is None:
+            self.seconds[width] = sorted([*self.seconds.get(width, ()), seconds])[: self.TIMES]
 
     def learn(self, width: int, drawn: int) -> None:
         """Learns from a pass over so many codes how many of them were drawn."""

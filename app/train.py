@@ -143,7 +143,7 @@ def run_stage(options: SimpleNamespace, settings: dict) -> list[Path]:
 
     from ..runs import require_same, running, state_of_files
     from ..samples import pictures_of
-    from ..training import add_task, last_checkpoint, save_plugin
+    from ..training import add_task, last_checkpoint, save_plugin, typical_codes
 
     output = options.output
     model, processor = load(options.checkpoint, options.device, options.dtype)
@@ -186,6 +186,9 @@ def run_stage(options: SimpleNamespace, settings: dict) -> list[Path]:
             return []
         for name, tables in answering.items():
             model.use_token_tables(tables, [name])
+        for name in set(trained) - set(answering):
+            if tasks[name].kind == "image":
+                tasks[name].typical_codes = typical_codes(trainer.train_dataset, name) or tasks[name].typical_codes
         folders = [output / name for name in trained if name not in answering]
         for folder in folders:
             save_plugin(model, folder.name, folder, with_tables=options.stage == "fusion")

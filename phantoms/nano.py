@@ -45,6 +45,7 @@ from ..training import (
     add_codes,
     start_fusion,
     training_arguments,
+    typical_codes,
 )
 from ..training.trainer import TRAINED_NAME
 from .card import nano_card
@@ -124,6 +125,7 @@ def build(work: Path, output: Path, scale: float = 1.0, compare: bool = False) -
         exported.parent.mkdir(exist_ok=True)
         shutil.rmtree(exported, ignore_errors=True)
         export(sources_of(work, work / "trained"), exported)
+        add_typical_codes(exported, work / "data/generation.jsonl")
         model, processor = load(exported)
         own = measure(model, processor, work / "report.json", scale, log)
         (work / "compared").mkdir(exist_ok=True)
@@ -191,6 +193,14 @@ def measure(model, processor, path: Path, scale: float, log: Log) -> dict:
 def write_data(folder: Path, scale: float) -> None:
     counts = [max(round(count * scale), 64) for count in (COMPREHENSION_SAMPLES, DRAWING_SAMPLES)]
     write_samples(folder, "train", *counts)
+
+
+def add_typical_codes(checkpoint: Path, data: Path) -> None:
+    """What the task that draws draws without an input image, which the published formats of files have no place for."""
+    model, processor = load(checkpoint)
+    samples = add_codes(read_samples(data, model.config, processor), model, processor)
+    model.config.tasks["generation"].typical_codes = typical_codes(samples, "generation")
+    model.config.save_pretrained(checkpoint)
 
 
 def sources_of(work: Path, plugins: Path) -> ExportSources:

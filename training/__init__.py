@@ -1,6 +1,6 @@
 """Training of HealthGPT: the three stages, on transformers' Trainer."""
 
-from .data import TrainingCollator, add_codes
+from .data import TrainingCollator, add_codes, typical_codes
 from .recipes import RECIPES, STAGES, Recipe, recipe_of
 from .tasks import add_task, save_plugin, start_fusion
 from .trainer import HealthGPTTrainer, last_checkpoint, training_arguments
@@ -18,4 +18,5 @@ __all__ = [
     "save_plugin",
     "start_fusion",
     "training_arguments",
+    "typical_codes",
 ]

@@ -78,6 +78,28 @@ def add_codes(samples: Dataset, model, processor, batch_size: int = 8) -> Datase
     )
 
 
+def typical_codes(samples: Dataset, task: str) -> list[int] | None:
+    """
+    The code that most targets of a task have at each place of the image, which is what its drawings are drafted from where there is
+    no input image (`TaskConfig.typical_codes`).
+
+    Args:
+        samples (`Dataset`): As `add_codes` gives them; the first 1000 that count are looked at.
+        task (`str`): The task.
+
+    Returns:
+        `list[int]`: As many codes as an image has, from 0; `None` if all samples of the task have input images.
+    """
+    rows = [
+        row
+        for row, (name, images) in enumerate(zip(samples["task"], samples["input_image"], strict=True))
+        if name == task and not images
+    ]
+    if not rows:
+        return None
+    return torch.tensor(samples.select(rows[:1000])["target_codes"][:]).mode(dim=0).values.tolist()
+
+
 class TrainingCollator:
     """
     Turns samples into one padded batch with labels.

@@ -49,6 +49,14 @@ def draw(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, help="Sample with this seed instead of drawing greedily.")
     ] = None,
+    codes_per_pass: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many codes a pass reads; the drawing is the same. By default measured.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -89,7 +97,9 @@ def draw(
     with bars() as progress, memory():
         bar = progress.add_task("Drawing", total=model.config.num_image_codes)
         counter = CodeCounter(lambda number: progress.advance(bar, number))
-        sequences = model.generate(**inputs, task=task, do_sample=seed is not None, streamer=counter)
+        sequences = model.generate(
+            **inputs, task=task, do_sample=seed is not None, streamer=counter, codes_per_pass=codes_per_pass
+        )
         pixels = model.decode_image_tokens(sequences)
     [picture] = processor.post_process_multimodal_output(pixels, generation_mode="image")
     if keep_aspect_ratio:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from healthgpt.app.cli import app
 from healthgpt.conversations import conversation, prepare
+from healthgpt.drafting_healthgpt import DraftedPasses
 from healthgpt.evaluation import compare_pictures
 from healthgpt.hub_export.merge import HUB_FILES
 from healthgpt.phantoms import demo, drawing_sample, nano
@@ -31,6 +32,32 @@ def small():
     folder = ROOT / "nano"
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "passes"),
+    [
+        ("reconstruction", 6.5),
+        ("super_resolution", 6.5),
+        ("ct_to_mri", 8.5),
+        ("mri_to_ct", 8.5),
+        ("report_to_xray", 45),
+    ],
+)
+def test_drawings_take_a_tenth_of_the_passes(small, monkeypatch, kind, passes):
+    model, processor = small
+    taken = []
+    finish = DraftedPasses.finish
+    monkeypatch.setattr(
+        DraftedPasses, "finish", lambda self, length: (taken.append(self.num_passes), finish(self, length))
+    )
+    for number in range(3):
+        sample = drawing_sample("test", number, kind)
+        images = [] if sample["input_image"] is None else [sample["input_image"]]
+        inputs = prepare(processor, conversation(images, sample["instruction"]), "generation")
+        drawn = model.generate(**inputs, task="generation", codes_per_pass=model.config.num_image_codes)
+        assert torch.equal(drawn, model.generate(**inputs, task="generation", codes_per_pass=1))
+    assert len(taken) == 3 and sum(taken) <= 3 * passes
 
 
 def test_it_is_small_and_carries_the_code_of_this_package():

@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from conftest import CHECKPOINTS, GOLDEN
 from PIL import Image
 
 from healthgpt.samples import read_samples
-from healthgpt.training import TrainingCollator, add_codes
+from healthgpt.training import TrainingCollator, add_codes, typical_codes
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -104,6 +105,22 @@ def test_codes_are_those_of_the_encoder_and_computed_once(data, load, monkeypatc
     Image.open(data / "ct.png").save(data / "mr.png")
     with pytest.raises(TypeError):
         add_codes(read_samples(data / "both.jsonl", model.config, processor), model, processor)
+
+
+def test_typical_codes_are_those_that_most_targets_without_an_input_have():
+    rows = [
+        {"task": "xray", "input_image": [], "target_codes": [1, 2, 3, 4]},
+        {"task": "xray", "input_image": ["a.png"], "target_codes": [9, 9, 9, 9]},
+        {"task": "xray", "input_image": [], "target_codes": [1, 5, 3, 6]},
+        {"task": "other", "input_image": [], "target_codes": [7, 7, 7, 7]},
+        {"task": "xray", "input_image": [], "target_codes": [8, 5, 3, 4]},
+        {"task": "answer", "input_image": [], "target_codes": None},
+        {"task": "ct", "input_image": ["a.png"], "target_codes": [1, 1, 1, 1]},
+    ]
+    samples = Dataset.from_list(rows)
+    assert typical_codes(samples, "xray") == [1, 5, 3, 4]
+    assert typical_codes(samples, "other") == [7, 7, 7, 7]
+    assert typical_codes(samples, "ct") is None
 
 
 def test_too_long_samples(m3):

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..errors_healthgpt import HealthGPTError
 from ..refusals import extras, files, memory, printable, temporary_folder
@@ -162,7 +163,7 @@ def push(
     """
     with starting():
         from ..hub_export import push as run
-        from ..hub_export.hub import require_repository
+        from ..hub_export.names import require_repository
 
     require_repository(repository)
     kept = stoppable(lambda: "What was sent is not sent again; the same command goes on from there.")
@@ -182,7 +183,7 @@ def list_plugins(
     Example: healthgpt plugin list HealthGPT-M3
     """
     with working("Reading the checkpoint"):
-        from ..hub_export.plugins import list_plugins as run
+        from ..hub_export.checkpoint import list_plugins as run
 
         with files(checkpoint):
             found = run(checkpoint)
@@ -191,7 +192,7 @@ def list_plugins(
         return
     table = Table("task", "tensors", "bytes", title="Plugins")
     for task, size in found.items():
-        table.add_row(task, f"{size['tensors']:,}", f"{size['bytes']:,}")
+        table.add_row(Text(printable(task)), f"{size['tensors']:,}", f"{size['bytes']:,}")
     with printing():
         Console().print(table)
 

@@ -1,8 +1,15 @@
 """Published HealthGPT files -> one merged checkpoint -> the Hub."""
 
-from .hub import push
-from .merge import export
-from .plan import ExportSources
-from .sources import CheckpointError
+from importlib import import_module
 
-__all__ = ["CheckpointError", "ExportSources", "export", "push"]
+from .confine import CheckpointError
+
+_MODULES = {"ExportSources": "plan", "export": "merge", "push": "hub"}
+__all__ = ["CheckpointError", *_MODULES]
+
+
+def __getattr__(name):
+    """Imports torch only for what needs it: the names and files of checkpoints are checked without."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

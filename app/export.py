@@ -77,16 +77,8 @@ def export(
 
     Example: healthgpt export --base phi-4 --vision clip --comprehension com_hlora_weights_phi4.bin --output HealthGPT-L14
     """
-    with starting():
-        from transformers.utils import logging
-
-        from ..hub_export import ExportSources
-        from ..hub_export import export as run
-        from ..hub_export import push as upload
-        from ..hub_export.hub import fetch, require_repository
-        from ..hub_export.plan import build_plan
-        from ..hub_export.presets import PRESETS, require_preset
-        from ..hub_export.quantize import require_bitsandbytes
+    from ..hub_export.names import require_repository
+    from ..hub_export.presets import PRESETS, require_preset
 
     named = {
         "base": base,
@@ -108,11 +100,21 @@ def export(
     missing = [f"--{name}" for name in ("base", "vision") if name not in named]
     if missing:
         raise HealthGPTError(f"The export needs {' and '.join(missing)}, or a --preset that names them.")
-    sources = ExportSources(**named)
     if push_to_hub is None and (public or create_pr):
         raise HealthGPTError("--public and --create-pr go with --push-to-hub.")
     if push_to_hub is not None:
         require_repository(push_to_hub)
+    with starting():
+        from transformers.utils import logging
+
+        from ..hub_export import ExportSources
+        from ..hub_export import export as run
+        from ..hub_export import push as upload
+        from ..hub_export.hub import fetch
+        from ..hub_export.plan import build_plan
+        from ..hub_export.quantize import require_bitsandbytes
+
+    sources = ExportSources(**named)
     if dry_run:
         if quantize is not None:
             require_bitsandbytes(quantize)

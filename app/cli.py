@@ -114,6 +114,8 @@ def info(
 def main() -> None:
     """Entry point: errors that a user can act on are one sentence, not a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that wait sleep: by default they spin, and take the processor from those that others have work for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every step that it multiplies in 8 bits
     # Pillow's, of images that are refused here in a sentence.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")

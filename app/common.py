@@ -90,8 +90,6 @@ def load_parts(checkpoint: str, device: str | None, dtype: str | None, task: str
     """What `load` loads, with whatever error the libraries raise."""
     with working("Reading the checkpoint"):
         config = require_checkpoint(checkpoint)
-        if task is not None:
-            require_task(checkpoint, config, task, kind)
     method = config.get("quantization_config", {}).get("quant_method")
     lacking = [
         name for name in (method, "accelerate") if method in EXTRA_OF and importlib.util.find_spec(name) is None
@@ -101,6 +99,8 @@ def load_parts(checkpoint: str, device: str | None, dtype: str | None, task: str
             f"{checkpoint} is quantised, and loading it needs {' and '.join(lacking)}: "
             f"pip install healthgpt[{EXTRA_OF[method]}]."
         )
+    if task is not None:
+        require_task(checkpoint, config, task, kind)
     if checkpoint == NANO:
         typer.echo("This is the small demonstration model, worthless for medicine; -c names another one.", err=True)
     if dtype not in (None, "float32", "bfloat16", "float16"):

@@ -9,6 +9,8 @@ from importlib import import_module
 
 import wrapt
 
+from .imports import on_demand
+
 __version__ = "0.1.0"
 
 _MODULES = {
@@ -21,13 +23,7 @@ _MODULES = {
     "TaskConfig": "configuration_healthgpt",
 }
 __all__ = list(_MODULES)
-
-
-def __getattr__(name):
-    """Imports torch and transformers only when a class is asked for, so that the command line answers at once."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+__getattr__ = on_demand(__name__, _MODULES)
 
 
 def _register_config(module):

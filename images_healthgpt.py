@@ -6,6 +6,7 @@ import base64
 import binascii
 import os
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BytesIO, UnsupportedOperation
@@ -14,15 +15,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname, urlopen
 
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import infer_channel_dimension_format, to_numpy_array
-from transformers.utils import is_numpy_array
 
 from .errors_healthgpt import HealthGPTError
 
@@ -437,19 +434,32 @@ def _file_of(name):
 
 def is_array(image) -> bool:
     """Whether it is an array or a tensor."""
-    return isinstance(image, torch.Tensor) or is_numpy_array(image)
+    return is_tensor(image) or is_of(image, "numpy", "ndarray")
+
+
+def is_tensor(image) -> bool:
+    """Whether it is a tensor."""
+    return is_of(image, "torch", "Tensor")
+
+
+def is_of(image, library: str, name: str) -> bool:
+    """Whether it is of a class of a library, which is imported where there is one: opening a file imports neither."""
+    module = sys.modules.get(library)
+    return module is not None and isinstance(image, getattr(module, name))
 
 
 def is_floats(image) -> bool:
     """Whether it is an array or tensor of floating-point numbers."""
-    if isinstance(image, torch.Tensor):
+    if is_tensor(image):
         return image.is_floating_point()
-    return is_numpy_array(image) and image.dtype.kind == "f"
+    return is_array(image) and image.dtype.kind == "f"
 
 
 def channels_last(image, input_data_format):
     """An array or tensor as an array `(height, width, channels)` of 1 or 3 channels."""
-    if isinstance(image, torch.Tensor):
+    from transformers.image_utils import infer_channel_dimension_format, to_numpy_array
+
+    if is_tensor(image):
         image = image.detach()
         with library():  # there are tensors without values, and kinds that NumPy does not know
             image = to_numpy_array(image.float() if image.is_floating_point() else image)  # NumPy has no bfloat16
@@ -465,6 +475,8 @@ def channels_last(image, input_data_format):
 
 
 def _from_array(image, input_data_format):
+    from transformers.image_transforms import to_pil_image
+
     array = channels_last(image, input_data_format)
     check_pixels(array.shape[1], array.shape[0])
     if array.shape[-1] == 1 and array.dtype.name in ("uint8", "uint16", "int32", "bool"):

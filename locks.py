@@ -37,6 +37,7 @@ def alone(path: str | Path) -> Iterator[None]:
             raise HealthGPTError(f"The folder {Path(path).parent} does not exist.")
         # For all users, who else could not lock the file that a killed command of one of them left.
         lock = FileLock(file, mode=0o666, blocking=False, fallback_to_soft=False)
+        file.touch()  # the library takes a folder where nothing can be written for a lock that is held
         try:
             held = lock.acquire()
         except Timeout as error:

@@ -125,14 +125,16 @@ def memory() -> Iterator[None]:
     Raises:
         HealthGPTError: if it did.
     """
-    from torch import OutOfMemoryError
-
     try:
         yield
-    except (OutOfMemoryError, MemoryError) as error:
+    except MemoryError as error:
         raise HealthGPTError(TOO_LITTLE_MEMORY) from error
     except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):  # the CPU's own has no type
+        from torch import OutOfMemoryError  # one of them; who runs out of memory without torch gets a MemoryError
+
+        if not isinstance(error, OutOfMemoryError) and "DefaultCPUAllocator" not in str(
+            error
+        ):  # the CPU's has no type
             raise
         raise HealthGPTError(TOO_LITTLE_MEMORY) from error
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors_healthgpt import HealthGPTError
+from .hub_export.atomic import write_json
 from .hub_export.confine import read_json
-from .hub_export.write import write_json
 from .locks import alone
 from .refusals import files
 

@@ -27,7 +27,6 @@ from .common import (
     open_all,
     print_result,
     printing,
-    require_kind,
     same_file,
     split_arguments,
     stoppable,
@@ -93,8 +92,7 @@ def ask(
         known = len(table.done)
     else:
         pictures = open_all(paths, frame)
-    model, processor = load(checkpoint, device, dtype)
-    require_kind(model, task, "text")
+    model, processor = load(checkpoint, device, dtype, task)
     if folders:
         with stoppable(
             lambda: f"{len(table.done)} answers are kept in {output}; the same command goes on from there."

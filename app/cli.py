@@ -9,13 +9,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from ..errors_healthgpt import HealthGPTError
 from ..refusals import loading, printable
 from .ask import ask
 from .bench import bench
-from .common import AsJson, count_parameters, own_name, print_json, printing, require_checkpoint, working
+from .common import AsJson, count_stored, own_name, print_json, printing, require_checkpoint, working
 from .draw import draw
 from .evaluate import evaluation
 from .explain import explain
@@ -75,21 +77,22 @@ def info(
     Example: healthgpt info HealthGPT-M3
     """
     with working("Reading the checkpoint"):
-        require_checkpoint(checkpoint)
-        from ..configuration_healthgpt import HealthGPTConfig
+        settings = require_checkpoint(checkpoint)
+        from ..hub_export.checkpoint import read_tasks
 
+        tasks = read_tasks(settings, checkpoint)
         with loading(checkpoint):
-            config = HealthGPTConfig.from_pretrained(checkpoint)
-            parts = count_parameters(config)
+            parts = count_stored(checkpoint, settings)
+            dtype, text = f"torch.{settings['dtype']}", settings["text_config"]
+            content = {"tasks": settings["tasks"], "parameters": parts, "dtype": dtype}
+            content |= {"language_model": text["model_type"], "token_rows": text["vocab_size"]}
     if as_json:
-        content = {"tasks": config.to_dict()["tasks"], "parameters": parts, "dtype": str(config.dtype)}
-        content |= {"language_model": config.text_config.model_type, "token_rows": config.text_config.vocab_size}
         print_json(content)
         return
     console = Console()
     columns = ("puts out", "rank", "alpha", "experts", "vision layer", "token tables")
-    tasks = Table(Column("task", no_wrap=True), *columns, title="Tasks")
-    for name, task in config.tasks.items():
+    table = Table(Column("task", no_wrap=True), *columns, title="Tasks")
+    for name, task in tasks.items():
         row = (
             name,
             task.kind,
@@ -99,18 +102,20 @@ def info(
             task.vision_layer,
             task.token_tables or "base",
         )
-        tasks.add_row(*map(str, row))
-    sizes = Table("part", "parameters", title=f"Parameters ({config.dtype})")
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
+    sizes = Table("part", "parameters", title=f"Parameters ({escape(printable(dtype))})")
     for name, count in {**parts, "total": sum(parts.values())}.items():
         sizes.add_row(name, f"{count:,}")
     with printing():
-        console.print(tasks)
+        console.print(table)
         console.print(sizes)
 
 
 def main() -> None:
     """Entry point: errors that a user can act on are one sentence, not a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that wait sleep: by default they spin, and take the processor from those that others have work for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every step that it multiplies in 8 bits
     # Pillow's, of images that are refused here in a sentence.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import unicodedata
@@ -66,15 +67,16 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Long
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def load(checkpoint: str, device: str | None, dtype: str | None):
+def load(checkpoint: str, device: str | None, dtype: str | None, task: str | None = None, kind: str = "text"):
     """
     Model and processor of a checkpoint, as a Python user loads them.
 
     Raises:
-        HealthGPTError: if there is none, a part of it is missing or damaged, or it does not fit this machine.
+        HealthGPTError: if there is none, a part of it is missing or damaged, it does not fit this machine, or it has no such task
+            of this kind.
     """
     with loading(checkpoint), memory(), extras():
-        model, processor = load_parts(checkpoint, device, dtype)
+        model, processor = load_parts(checkpoint, device, dtype, task, kind)
     tokenizer = getattr(
         processor, "tokenizer", None
     )  # transformers takes a tokenizer for a processor that it does not find
@@ -84,7 +86,7 @@ def load(checkpoint: str, device: str | None, dtype: str | None):
     return model, processor
 
 
-def load_parts(checkpoint: str, device: str | None, dtype: str | None):
+def load_parts(checkpoint: str, device: str | None, dtype: str | None, task: str | None, kind: str):
     """What `load` loads, with whatever error the libraries raise."""
     with working("Reading the checkpoint"):
         config = require_checkpoint(checkpoint)
@@ -97,6 +99,8 @@ def load_parts(checkpoint: str, device: str | None, dtype: str | None):
             f"{checkpoint} is quantised, and loading it needs {' and '.join(lacking)}: "
             f"pip install healthgpt[{EXTRA_OF[method]}]."
         )
+    if task is not None:
+        require_task(checkpoint, config, task, kind)
     if checkpoint == NANO:
         typer.echo("This is the small demonstration model, worthless for medicine; -c names another one.", err=True)
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -105,7 +109,11 @@ def load_parts(checkpoint: str, device: str | None, dtype: str | None):
         import torch
         from transformers.utils import logging
 
-        from .. import HealthGPTForConditionalGeneration, HealthGPTProcessor
+        from .. import HealthGPTConfig, HealthGPTForConditionalGeneration, HealthGPTProcessor
+        from ..hub_export.confine import reading
+
+        with reading(f"The config.json of {checkpoint}"):
+            HealthGPTConfig.from_dict(config)
 
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process one of its own
         device = device or (gpu if torch.cuda.is_available() else "cpu")
@@ -145,27 +153,16 @@ def require_checkpoint(checkpoint: str) -> dict:
     The content of a checkpoint's config.json; refuses what is neither a folder nor can be a Hub repository, and checkpoints
     of other models.
     """
-    from transformers import PreTrainedConfig
-
-    from ..configuration_healthgpt import HealthGPTConfig
-    from ..hub_export.confine import reading, require_loadable
-    from ..hub_export.hub import require_folder_or_repository
+    from ..hub_export.checkpoint import read_settings
+    from ..hub_export.confine import require_loadable
+    from ..hub_export.names import require_folder_or_repository
 
     require_folder_or_repository(checkpoint)
-    if os.path.isdir(checkpoint) and not os.path.isfile(Path(checkpoint) / "config.json"):
-        raise HealthGPTError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
-
     with loading(checkpoint):
-        require_loadable(folder_of(checkpoint))
-        config = PreTrainedConfig.get_config_dict(checkpoint)[0]
-    model_type = config.get("model_type")
-    if model_type != "healthgpt":
-        raise HealthGPTError(
-            f"{checkpoint} is no HealthGPT checkpoint: its config.json is that of a {model_type} model."
-        )
-    with reading(f"The config.json of {checkpoint}"):
-        HealthGPTConfig.from_dict(config)
-    return config
+        folder = folder_of(checkpoint)
+        settings = read_settings(folder, checkpoint)
+        require_loadable(folder)
+    return settings
 
 
 def folder_of(checkpoint: str) -> Path:
@@ -185,11 +182,13 @@ def folder_of(checkpoint: str) -> Path:
     return Path(config).parent
 
 
-def require_kind(model, task: str, kind: str) -> None:
-    """Refuses a task that puts out something else than the command is for."""
-    tasks = model.config.tasks
+def require_task(checkpoint: str, settings: dict, task: str, kind: str) -> None:
+    """Refuses a task that the settings of a checkpoint do not have, or that puts out something else than the command is for."""
+    from ..hub_export.checkpoint import read_tasks
+
+    tasks = read_tasks(settings, checkpoint)
     if task not in tasks or tasks[task].kind != kind:
-        able = ", ".join(name for name, settings in tasks.items() if settings.kind == kind) or "none"
+        able = ", ".join(name for name, known in tasks.items() if known.kind == kind) or "none"
         verb = "answers in words" if kind == "text" else "draws"
         raise HealthGPTError(f"This checkpoint has no task {task!r} that {verb}; those that do: {able}.")
 
@@ -331,16 +330,38 @@ def on_terminal(*columns) -> Progress:
 
 
 def count_parameters(config) -> dict[str, int]:
-    """Number of parameters by part of the model."""
+    """Number of parameters by part of the model that a configuration describes."""
     import torch
 
     from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 
     with torch.device("meta"):
         model = HealthGPTForConditionalGeneration(config)
+    return sum_by_part({name: tensor.numel() for name, tensor in model.named_parameters()})
+
+
+def count_stored(checkpoint: str, settings: dict) -> dict[str, int]:
+    """
+    Number of parameters by part of a checkpoint: by the headers of its weights, without torch; by its configuration if it lies on the
+    Hub, or is quantised, since headers do not tell how many numbers are packed.
+    """
+    from ..hub_export.checkpoint import read_headers, read_weight_map
+
+    if not os.path.isdir(checkpoint) or "quantization_config" in settings:
+        from .. import HealthGPTConfig
+
+        return count_parameters(HealthGPTConfig.from_pretrained(checkpoint))
+    folder, sizes = Path(checkpoint), {}
+    for name in set(read_weight_map(folder).values()):
+        sizes |= {key: math.prod(header.shape) for key, header in read_headers(folder / name).items()}
+    return sum_by_part(dict(sorted(sizes.items())))
+
+
+def sum_by_part(sizes: dict[str, int]) -> dict[str, int]:
+    """Sizes by part of the model, of sizes by tensor."""
     parts = {}
-    for name, tensor in model.named_parameters():
-        parts[part_of(name)] = parts.get(part_of(name), 0) + tensor.numel()
+    for name, size in sizes.items():
+        parts[part_of(name)] = parts.get(part_of(name), 0) + size
     return parts
 
 

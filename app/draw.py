@@ -21,7 +21,6 @@ from .common import (
     load,
     open_all,
     print_result,
-    require_kind,
     same_file,
     split_arguments,
     working,
@@ -69,7 +68,6 @@ def draw(
     Example: healthgpt draw -c HealthGPT-M3 volume.nii.gz --frame 80 "Reconstruct the image." -o out.png --sheet sheet.png
     """
     with working("Starting"):
-        import torch
         from PIL import Image
 
     if sheet is not None and same_file(sheet, output):
@@ -87,12 +85,14 @@ def draw(
     if sheet is not None:
         drawn = pictures[0] if keep_aspect_ratio else Image.new("RGB", (1, 1))  # models draw squares
         require_picture_path(sheet, sheet_size([*pictures, drawn]))
-    model, processor = load(checkpoint, device, dtype)
-    require_kind(model, task, "image")
+    model, processor = load(checkpoint, device, dtype, task, "image")
+    import torch
+
+    from .streamers import CodeCounter
+
     inputs = prepare(processor, conversation(pictures, instruction), task).to(model.device)
     if seed is not None:
         torch.manual_seed(seed)
-    from .streamers import CodeCounter
 
     with bars() as progress, memory():
         bar = progress.add_task("Drawing", total=model.config.num_image_codes)

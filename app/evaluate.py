@@ -19,7 +19,6 @@ from .common import (
     print_result,
     read,
     require_file,
-    require_kind,
     same_file,
     starting,
     stoppable,
@@ -73,6 +72,10 @@ def answers(
 
     Example: healthgpt eval answers vqa_rad vqa-rad -c HealthGPT-M3 -o results/vqa_rad
     """
+    if benchmark == "samples":
+        if split is not None:
+            raise HealthGPTError("--split is for benchmarks that have splits; samples are one file.")
+        require_file(data)
     with starting():
         from ..evaluation import Records, answer_items, items_of, read_benchmark, summarise_answers, write_report
         from ..runs import running, state_of, state_of_files
@@ -82,15 +85,10 @@ def answers(
     if benchmark != "samples":
         with working("Reading the questions"):
             items = list(itertools.islice(read_benchmark(benchmark, data, split), limit))
-    elif split is not None:
-        raise HealthGPTError("--split is for benchmarks that have splits; samples are one file.")
-    else:
-        require_file(data)
     settings = {"checkpoint": checkpoint, "benchmark": benchmark, "data": str(data), "split": split, "task": task}
     settings |= {"limit": limit, "max_new_tokens": max_new_tokens, "dtype": dtype}
     settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
-    model, processor = load(checkpoint, device, dtype)
-    require_kind(model, task or "comprehension", "text")
+    model, processor = load(checkpoint, device, dtype, task or "comprehension")
     if benchmark == "samples":
         samples = read(data, model, processor, task, "comprehension")
         settings["pictures_state"] = state_of_files(pictures_of(samples))
@@ -163,18 +161,16 @@ def draw(
 
     Example: healthgpt eval draw pairs.jsonl -c HealthGPT-M3 -o results/ct_to_mri --name ct_to_mri_brain
     """
+    require_file(data)
     with starting():
         from ..evaluation import Records, draw_samples, load_lpips, write_report
         from ..runs import running, state_of, state_of_files
         from ..samples import pictures_of
 
         measure = load_lpips() if lpips else None
-    require_file(data)
     settings = {"checkpoint": checkpoint, "data": str(data), "task": task, "limit": limit, "dtype": dtype}
     settings |= {"checkpoint_state": state_of(checkpoint), "data_state": state_of(data)}
-    model, processor = load(checkpoint, device, dtype)
-    if task is not None:
-        require_kind(model, task, "image")
+    model, processor = load(checkpoint, device, dtype, task, "image")
     samples = read(data, model, processor, task, "generation")
     settings["pictures_state"] = state_of_files(pictures_of(samples))
     samples = [sample for sample in samples if sample["target_image"] is not None][:limit]
@@ -210,13 +206,13 @@ def pictures(
 
     Example: healthgpt eval pictures drawn true -o results/ct_to_mri --name ct_to_mri_brain
     """
+    if same_file(output, drawn) or same_file(output, true):
+        raise HealthGPTError(f"{output} holds the pictures: name another folder for the tables.")
     with starting():
         from ..evaluation import load_lpips, pair_folders, write_report
         from ..runs import running, state_of_files
 
         measure = load_lpips() if lpips else None
-    if same_file(output, drawn) or same_file(output, true):
-        raise HealthGPTError(f"{output} holds the pictures: name another folder for the tables.")
     pairs = pair_folders(drawn, true)
     settings = {"drawn": str(drawn), "true": str(true)}
     settings["pictures_state"] = state_of_files(path for pair in pairs for path in pair)

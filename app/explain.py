@@ -22,7 +22,7 @@ from .common import (
     open_all,
     print_result,
     require_checkpoint,
-    require_kind,
+    require_task,
     split_arguments,
     starting,
     working,
@@ -48,10 +48,6 @@ def explain(
 
     Example: healthgpt explain -c HealthGPT-M3 chest.png "Is there a pleural effusion?" -o explained
     """
-    with starting():
-        from ..explain import look_inside
-        from ..explain.plots import as_picture, plot_inside
-
     if os.path.isfile(output):
         raise HealthGPTError(f"{output} is a file: name a folder for the figures.")
     with files(output):
@@ -60,12 +56,15 @@ def explain(
         raise HealthGPTError(f"The folder {output} is not empty: name a new or empty one for the figures.")
     paths, question = split_arguments(arguments)
     pictures = open_all(paths, frame)
-    require_checkpoint(checkpoint)  # before the folder is made
+    require_task(checkpoint, require_checkpoint(checkpoint), task, "text")  # before the folder is made
+    with starting():
+        from ..explain import look_inside
+        from ..explain.plots import as_picture, plot_inside
+
     with files(output, "made"):
         output.mkdir(parents=True, exist_ok=True)
     require_picture_path(output / "routing.png")
     model, processor = load(checkpoint, device, dtype)
-    require_kind(model, task, "text")
     inputs = prepare(processor, conversation(pictures, question), task).to(model.device)
     with working("Answering"), memory():
         sequences = model.generate(**inputs, task=task, do_sample=False, max_new_tokens=max_new_tokens)

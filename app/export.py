@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..errors_healthgpt import HealthGPTError
 from ..refusals import extras, files, memory, printable, temporary_folder
@@ -76,16 +77,8 @@ def export(
 
     Example: healthgpt export --base phi-4 --vision clip --comprehension com_hlora_weights_phi4.bin --output HealthGPT-L14
     """
-    with starting():
-        from transformers.utils import logging
-
-        from ..hub_export import ExportSources
-        from ..hub_export import export as run
-        from ..hub_export import push as upload
-        from ..hub_export.hub import fetch, require_repository
-        from ..hub_export.plan import build_plan
-        from ..hub_export.presets import PRESETS, require_preset
-        from ..hub_export.quantize import require_bitsandbytes
+    from ..hub_export.names import require_repository
+    from ..hub_export.presets import PRESETS, require_preset
 
     named = {
         "base": base,
@@ -107,11 +100,21 @@ def export(
     missing = [f"--{name}" for name in ("base", "vision") if name not in named]
     if missing:
         raise HealthGPTError(f"The export needs {' and '.join(missing)}, or a --preset that names them.")
-    sources = ExportSources(**named)
     if push_to_hub is None and (public or create_pr):
         raise HealthGPTError("--public and --create-pr go with --push-to-hub.")
     if push_to_hub is not None:
         require_repository(push_to_hub)
+    with starting():
+        from transformers.utils import logging
+
+        from ..hub_export import ExportSources
+        from ..hub_export import export as run
+        from ..hub_export import push as upload
+        from ..hub_export.hub import fetch
+        from ..hub_export.plan import build_plan
+        from ..hub_export.quantize import require_bitsandbytes
+
+    sources = ExportSources(**named)
     if dry_run:
         if quantize is not None:
             require_bitsandbytes(quantize)
@@ -162,7 +165,7 @@ def push(
     """
     with starting():
         from ..hub_export import push as run
-        from ..hub_export.hub import require_repository
+        from ..hub_export.names import require_repository
 
     require_repository(repository)
     kept = stoppable(lambda: "What was sent is not sent again; the same command goes on from there.")
@@ -182,7 +185,7 @@ def list_plugins(
     Example: healthgpt plugin list HealthGPT-M3
     """
     with working("Reading the checkpoint"):
-        from ..hub_export.plugins import list_plugins as run
+        from ..hub_export.checkpoint import list_plugins as run
 
         with files(checkpoint):
             found = run(checkpoint)
@@ -191,7 +194,7 @@ def list_plugins(
         return
     table = Table("task", "tensors", "bytes", title="Plugins")
     for task, size in found.items():
-        table.add_row(task, f"{size['tensors']:,}", f"{size['bytes']:,}")
+        table.add_row(Text(printable(task)), f"{size['tensors']:,}", f"{size['bytes']:,}")
     with printing():
         Console().print(table)
 

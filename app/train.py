@@ -87,12 +87,8 @@ def train(
 
     Example: healthgpt train pairs.jsonl -c HealthGPT-M3 -o ct-to-mri --task ct_to_mri --init-from generation
     """
-    with starting():
-        from ..runs import RUN_NAME, require_same, state_of
-        from ..training import STAGES
-
-        for package in ("accelerate", "tensorboard"):  # which the Trainer imports late, and misses with other errors
-            importlib.import_module(package)
+    from ..runs import RUN_NAME, require_same, state_of
+    from ..training.recipes import STAGES
 
     for path in filter(None, (data, eval_data)):
         require_file(path)
@@ -117,6 +113,13 @@ def train(
         raise HealthGPTError(f"{output} holds no run that could go on: start one without --resume.")
     if resume:
         require_same(output, settings)
+    with starting():
+        for package in (
+            "accelerate",
+            "tensorboard",
+            "datasets",
+        ):  # which are imported late, or missed with other errors
+            importlib.import_module(package)
     with stoppable(lambda: kept(output)), memory():
         folders = run_stage(SimpleNamespace(**context.params), settings)
     written = list(map(str, folders))

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from ..hub_export.atomic import write_json
 from ..hub_export.presets import PRESETS
-from ..hub_export.write import write_json
 from ..refusals import files, printable
 from .benchmarks import BENCHMARKS
 

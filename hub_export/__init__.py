@@ -1,8 +1,8 @@
 """Published HealthGPT files -> one merged checkpoint -> the Hub."""
 
-from .hub import push
-from .merge import export
-from .plan import ExportSources
-from .sources import CheckpointError
+from ..imports import on_demand
+from .confine import CheckpointError
 
-__all__ = ["CheckpointError", "ExportSources", "export", "push"]
+_MODULES = {"ExportSources": "plan", "export": "merge", "push": "hub"}
+__all__ = ["CheckpointError", *_MODULES]
+__getattr__ = on_demand(__name__, _MODULES)

@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 
-from ..configuration_healthgpt import HealthGPTConfig
+from .atomic import write_text
 from .presets import BENCHMARKS, DATASET, PAPER, PRESETS
-from .write import write_text
+
+if TYPE_CHECKING:
+    from ..configuration_healthgpt import HealthGPTConfig
 
 CARD_NAME = "README.md"
 CARD = """---
@@ -100,7 +103,7 @@ LIMITS_DRAWING = (
 )
 
 
-def build_card(config: HealthGPTConfig, record: dict) -> str:
+def build_card(config: "HealthGPTConfig", record: dict) -> str:
     """
     The text of README.md.
 
@@ -176,14 +179,14 @@ def as_seen(name: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
-def abilities(config: HealthGPTConfig) -> str:
+def abilities(config: "HealthGPTConfig") -> str:
     """What a checkpoint can do, in words that follow its name."""
     kinds = {task.kind for task in config.tasks.values()}
     can = {"text": "answers questions about medical pictures", "image": "draws medical pictures"}
     return " and ".join(words for kind, words in can.items() if kind in kinds)
 
 
-def rewrite_card(folder: Path, old: tuple[HealthGPTConfig, dict], new: tuple[HealthGPTConfig, dict]) -> None:
+def rewrite_card(folder: Path, old: "tuple[HealthGPTConfig, dict]", new: "tuple[HealthGPTConfig, dict]") -> None:
     """Brings a checkpoint's card up to date with its configuration and record; one that somebody else wrote stays as it is."""
     card = folder / CARD_NAME
     if card.is_file() and card.read_bytes() == build_card(*old).encode():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import (
     HfApi,
@@ -19,20 +20,21 @@ from huggingface_hub import (
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 
-from ..configuration_healthgpt import HealthGPTConfig
 from ..locks import alone
+from .atomic import write_json
 from .card import rewrite_card
+from .checkpoint import RECORD_NAME, read_record, require_files
 from .confine import CheckpointError, inside, read_json, reading, require_no_links
-from .plan import ExportSources
-from .write import RECORD_NAME, read_record, require_files, write_json
+from .names import require_folder_or_repository
+
+if TYPE_CHECKING:
+    from .plan import ExportSources
 
 CONFIGURATIONS = ["config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json"]
 CONFIGURATIONS += ["tokenizer.model", "vocab.json", "merges.txt"]
@@ -40,7 +42,7 @@ SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
-def fetch(sources: ExportSources, headers: Path | None = None) -> ExportSources:
+def fetch(sources: "ExportSources", headers: Path | None = None) -> "ExportSources":
     """
     The same sources, with every name of the Hub replaced by the path of its download in the Hub's cache.
 
@@ -111,32 +113,6 @@ def fetch_file(uri) -> Path:
         return Path(hf_hub_download(uri.id, uri.path_in_repo, revision=uri.revision))
 
 
-def require_folder_or_repository(name: str) -> None:
-    """
-    Raises:
-        CheckpointError: if there is no folder of a name, and no repository can have it: it has no user, or is a path such as `./name`.
-    """
-    if not os.path.isdir(name):
-        try:
-            validate_repo_id(name)
-            is_repository = "/" in name
-        except HFValidationError:
-            is_repository = False
-        if not is_repository:
-            raise CheckpointError(f"There is no folder {name}, and a Hub repository is written user/name.")
-
-
-def require_repository(name: str) -> None:
-    """
-    Raises:
-        CheckpointError: if a repository cannot have this name.
-    """
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise CheckpointError(f"{name!r} is no name of a repository, such as user/name.") from error
-
-
 def push(folder: Path, repository: str, public: bool = False, create_pr: bool = False) -> str:
     """
     Uploads the files that an export wrote, and no others that may lie beside them. What the Hub has already is not sent again, so
@@ -169,6 +145,8 @@ def upload(folder: Path, repository: str, public: bool, create_pr: bool) -> str:
     files = record["files"]
     require_files(folder, files)
     named = record | {"name": repository}
+    from ..configuration_healthgpt import HealthGPTConfig
+
     with reading(folder):
         config = HealthGPTConfig.from_dict(read_json(folder / "config.json"))
         rewrite_card(folder, (config, record), (config, named))  # its snippet loads the repository

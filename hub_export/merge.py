@@ -29,7 +29,9 @@ from .. import __version__
 from ..conversations import conversation, prepare
 from ..locks import alone
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
+from .atomic import discard, write_json, writing
 from .card import CARD_NAME, build_card
+from .checkpoint import RECORD_NAME, read_record, require_files, task_of
 from .confine import CheckpointError, read_json, reading, require_no_links
 from .hub import fetch
 from .plan import ExportSources, Plan, build_plan
@@ -43,21 +45,7 @@ from .quantize import (
     write_quantized_shard,
 )
 from .sources import check_archive
-from .write import (
-    MAX_SHARD_BYTES,
-    RECORD_NAME,
-    Advance,
-    discard,
-    read_record,
-    require_files,
-    split_into_shards,
-    task_of,
-    verify_shard,
-    write_index,
-    write_json,
-    write_shard,
-    writing,
-)
+from .write import MAX_SHARD_BYTES, Advance, split_into_shards, verify_shard, write_index, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +246,7 @@ def check_sources(plan: Plan, progress: Callable[[str, int], Advance]) -> list[d
     plugins it belongs.
     """
     advance = progress("Checking", sum(path.stat().st_size for path in plan.origins))
-    owners = {(transfer.tensor.origin, task_of(transfer.target, plan.config)) for transfer in plan.transfers}
+    owners = {(transfer.tensor.origin, task_of(transfer.target, plan.config.tasks)) for transfer in plan.transfers}
     records = []
     for path in plan.origins:
         check_archive(path)

@@ -1,5 +1,5 @@
 """
-Plugins of an exported checkpoint, each in a weight file of its own: listed, copied out, taken out, put in.
+Plugins of an exported checkpoint, each in a weight file of its own: copied out, taken out, put in.
 
 A plugin alone is a folder with `plugin.safetensors`, whose tensors have the names of the checkpoint, and
 `plugin_config.json` with its task's name, settings and, if they are known, sources. The shared weight files are never rewritten.
@@ -20,9 +20,18 @@ from ..locks import alone
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from ..processing_healthgpt import reserved_token
 from . import rules
+from .atomic import discard, write_json, writing
 from .card import build_card, rewrite_card
+from .checkpoint import (
+    RECORD_NAME,
+    SINGLE_NAME,
+    plugin_file,
+    read_record,
+    read_settings,
+    read_weight_map,
+    task_of,
+)
 from .confine import (
-    INDEX_NAME,
     CheckpointError,
     inside,
     read_json,
@@ -33,41 +42,13 @@ from .confine import (
 )
 from .merge import name_of
 from .plan import KINDS, checkpoint_name, is_finite, list_names, task_config, transfers_of
-from .sources import read_file, read_index
-from .write import (
-    RECORD_NAME,
-    discard,
-    plugin_file,
-    read_record,
-    save_tensors,
-    task_of,
-    write_index,
-    write_json,
-    writing,
-)
+from .sources import read_file
+from .write import save_tensors, write_index
 
 WEIGHTS_NAME, CONFIG_NAME = "plugin.safetensors", "plugin_config.json"
 PUBLISHED_NAME, FUSION_NAME = "hlora_weights.bin", "fusion_layer_weights.bin"
-SINGLE_NAME, NUMBERED_NAME = "model.safetensors", "model-00001-of-00001.safetensors"
+NUMBERED_NAME = "model-00001-of-00001.safetensors"
 PROCESSOR_NAME = "processor_config.json"
-
-
-def list_plugins(checkpoint: Path) -> dict[str, dict[str, int]]:
-    """
-    Number and bytes of the tensors that each task of a checkpoint owns.
-
-    Raises:
-        CheckpointError: if it is not a checkpoint, or one of its files is missing, damaged or not in its folder.
-    """
-    config, weight_map = read_checkpoint(checkpoint)
-    found = {task: {"tensors": 0, "bytes": 0} for task in config.tasks}
-    for file in set(weight_map.values()):
-        for name, tensor in read_file(checkpoint / file).items():
-            task = task_of(name, config)
-            if task in found:
-                found[task]["tensors"] += 1
-                found[task]["bytes"] += torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
-    return found
 
 
 def extract_plugin(checkpoint: Path, task: str, output: Path, remove: bool = False, published: bool = False) -> None:
@@ -244,7 +225,7 @@ def add_plugin(
             raise CheckpointError(
                 f"{checkpoint} has a task {name!r} already: give the plugin another name (--name), or let it take its place (--replace)."
             )
-        replaced = {key for key in weight_map if task_of(key, config) == name}
+        replaced = {key for key in weight_map if task_of(key, config.tasks) == name}
         if any(weight_map[key] != plugin_file(name) for key in replaced):
             raise CheckpointError(
                 f"Task {name!r} shares its weight file with other parts of {checkpoint} and cannot be replaced."
@@ -278,7 +259,7 @@ def shapes_of(config: HealthGPTConfig) -> dict[str, torch.Size]:
 
 def parts_of_task(config: HealthGPTConfig, task: str) -> dict[str, torch.Size]:
     """Names and shapes of the tensors that a task of a checkpoint owns."""
-    return {name: shape for name, shape in shapes_of(config).items() if task_of(name, config) == task}
+    return {name: shape for name, shape in shapes_of(config).items() if task_of(name, config.tasks) == task}
 
 
 def require_fitting(
@@ -424,17 +405,10 @@ def read_whole(file: Path, names: list[str] | None = None) -> dict[str, torch.Te
 
 def read_checkpoint(checkpoint: Path) -> tuple[HealthGPTConfig, dict[str, str]]:
     """Configuration of a checkpoint and the file that each of its tensors lies in."""
-    require_confined(checkpoint)
-    if not os.path.isfile(checkpoint / "config.json"):
-        raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint: it has no config.json.")
-    settings = read_json(checkpoint / "config.json")
-    if settings.get("model_type") != HealthGPTConfig.model_type:
-        raise CheckpointError(f"{checkpoint} is no HealthGPT checkpoint.")
+    settings = read_settings(checkpoint)
     with reading(checkpoint / "config.json"):
         config = HealthGPTConfig.from_dict(settings)
-    if (checkpoint / SINGLE_NAME).is_file():  # transformers too looks for it first
-        return config, dict.fromkeys(read_file(checkpoint / SINGLE_NAME), SINGLE_NAME)
-    return config, read_index(checkpoint / INDEX_NAME)
+    return config, read_weight_map(checkpoint)
 
 
 def require_changeable(checkpoint: Path, config: HealthGPTConfig, files: set[str]) -> None:

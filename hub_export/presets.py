@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .sources import CheckpointError
+from .confine import CheckpointError
 
 PAPER = "https://arxiv.org/abs/2502.09838"
 VISION = "openai/clip-vit-large-patch14-336"

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from transformers import BitsAndBytesConfig
 
+from .confine import CheckpointError
 from .plan import Plan, Transfer
-from .sources import CheckpointError
 from .write import Advance, save_tensors
 
 QUANTIZATIONS = ("4bit", "8bit")

@@ -6,7 +6,6 @@ nothing else; what a Lightning checkpoint names besides becomes an inert placeho
 """
 
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from .confine import CheckpointError, inside, read_json, reading, require_no_pointer
+from .checkpoint import opened, read_index, require_weights
+from .confine import CheckpointError, inside, reading
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,6 @@ def read_directory(path: str | Path) -> dict[str, LazyTensor]:
     raise CheckpointError(f"{path} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index.")
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """
-    The file of every tensor, by an index of shards.
-
-    Raises:
-        CheckpointError: if the file is not an index, or names something that is not in its folder.
-    """
-    content = read_json(path)
-    with reading(path):
-        weight_map = dict(content["weight_map"])
-    for name in weight_map.values():
-        inside(path.parent, name, path)
-    return weight_map
-
-
 def read_file(path: str | Path) -> dict[str, LazyTensor]:
     """
     The tensors of one safetensors or PyTorch file; of a Lightning checkpoint those of its `state_dict`.
@@ -95,11 +80,7 @@ def read_file(path: str | Path) -> dict[str, LazyTensor]:
         CheckpointError: if the file is missing, damaged, no such file, or holds something else than tensors.
     """
     path = Path(path)
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path} does not exist.")
-    require_no_pointer(path)
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty: it has zero bytes.")
+    require_weights(path)
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
@@ -111,16 +92,13 @@ def _read_safetensors(path):
 
         return rows
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {}
-            for key in file.keys():
-                part = file.get_slice(key)
-                dtype = file.get_tensor(key).dtype if not part.get_shape() else part[:0].dtype
-                tensors[key] = LazyTensor(path, tuple(part.get_shape()), dtype, reader(key))
-            return tensors
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+    with opened(path, "pt") as file:
+        tensors = {}
+        for key in file.keys():
+            part = file.get_slice(key)
+            dtype = file.get_tensor(key).dtype if not part.get_shape() else part[:0].dtype
+            tensors[key] = LazyTensor(path, tuple(part.get_shape()), dtype, reader(key))
+        return tensors
 
 
 def _read_pickle(path):

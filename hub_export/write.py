@@ -10,23 +10,21 @@ import json
 import math
 import mmap
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .confine import INDEX_NAME, CheckpointError, inside, read_json, reading
+from .atomic import write_json
+from .checkpoint import plugin_file, task_of
+from .confine import INDEX_NAME, CheckpointError
 from .plan import Plan, Transfer
 from .sources import read_file
 
 MAX_SHARD_BYTES = 5 * 10**9
-RECORD_NAME = "healthgpt_export.json"
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 Advance = Callable[[int], None]  # told how many more bytes are done
@@ -40,7 +38,7 @@ def split_into_shards(plan: Plan, max_bytes: int) -> dict[str, list[Transfer]]:
     shared, of_tasks = [[]], {}
     size = 0
     for transfer in plan.transfers:
-        task = task_of(transfer.target, plan.config)
+        task = task_of(transfer.target, plan.config.tasks)
         if task is not None:
             of_tasks.setdefault(task, []).append(transfer)
             continue
@@ -52,21 +50,6 @@ def split_into_shards(plan: Plan, max_bytes: int) -> dict[str, list[Transfer]]:
         size += nbytes
     shards = {f"model-{index:05d}-of-{len(shared):05d}.safetensors": part for index, part in enumerate(shared, 1)}
     return shards | {plugin_file(task): part for task, part in of_tasks.items()}
-
-
-def plugin_file(task: str) -> str:
-    """Name of the file with what a task owns; one that save_pretrained clears away when it shards anew."""
-    return f"model-plugin_{task}-00001-of-00001.safetensors"
-
-
-def task_of(name: str, config) -> str | None:
-    """The task that owns a tensor of the checkpoint, or None if it belongs to all or several."""
-    match = re.search(r"\.plugins\.(\w+)\.|^model\.projectors\.(\w+)\.", name)
-    if match:
-        return match[1] or match[2]
-    match = re.match(r"(?:model\.token_embeddings|token_heads)\.(\w+)\.", name)
-    owners = [task for task, settings in config.tasks.items() if match and settings.token_tables == match[1]]
-    return owners[0] if len(owners) == 1 else None
 
 
 def write_shard(plan: Plan, transfers: list[Transfer], path: Path, advance: Advance) -> None:
@@ -179,46 +162,6 @@ def write_index(folder: Path, files: list[str], renamed: dict[str, str] | None =
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes a file that is there whole or, after a kill, as it was."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Writes a file that is there whole or, after a kill, as it was."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with writing(path, unfinished):
-        unfinished.write_text(content, encoding="utf-8")
-        unfinished.rename(path)
-
-
-@contextmanager
-def writing(target: Path, partial: Path | None = None) -> Iterator[None]:
-    """
-    Turns what the libraries make of a full or read-only disk into one sentence, and takes the partial file or folder away.
-
-    Raises:
-        CheckpointError: if something could not be written.
-    """
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if partial is not None:
-            discard(partial)
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise CheckpointError(f"{target} could not be written, and nothing was kept: {reason}.") from error
-
-
-def discard(path: Path) -> None:
-    """Removes a file, or a folder with all that it holds, if there is one; of a link the link alone."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        path.unlink()
-
-
 def verify_shard(plan: Plan, transfers: list[Transfer], path: Path, advance: Advance) -> None:
     """
     Compares every tensor of a written file with its source, bit for bit.
@@ -241,34 +184,3 @@ def verify_shard(plan: Plan, transfers: list[Transfer], path: Path, advance: Adv
                     "the disk is not in order."
                 )
             advance(piece.nbytes)
-
-
-def read_record(folder: Path) -> dict:
-    """
-    What an export wrote about itself: the content of `healthgpt_export.json`.
-
-    Raises:
-        CheckpointError: if it is missing or no such record, or names files elsewhere than in the folder.
-    """
-    path = inside(folder, RECORD_NAME, folder)
-    record = read_json(path)
-    with reading(path):
-        names = list(record["files"])
-    for name in names:
-        inside(folder, name, path)
-    return record
-
-
-def require_files(folder: Path, files: list[str]) -> None:
-    """
-    Raises:
-        CheckpointError: if a finished checkpoint lacks one of its files, or a weight file is cut off.
-    """
-    missing = [name for name in files if not os.path.isfile(folder / name)]
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {', '.join(missing)}, which the export wrote: remove it and export again."
-        )
-    for name in files:
-        if name.endswith(".safetensors"):
-            read_file(folder / name)

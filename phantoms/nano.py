@@ -32,9 +32,9 @@ from .. import HealthGPTForConditionalGeneration, HealthGPTProcessor
 from ..app.common import stoppable
 from ..errors_healthgpt import HealthGPTError
 from ..hub_export import ExportSources, export
+from ..hub_export.atomic import write_json
 from ..hub_export.card import CARD_NAME
 from ..hub_export.plugins import extract_plugin
-from ..hub_export.write import write_json
 from ..refusals import files, memory, printable
 from ..runs import running
 from ..samples import read_samples

@@ -26,7 +26,8 @@ from conftest import GOLDEN, sources_of, weights_of
 from safetensors.torch import load_file, save_file
 
 from healthgpt.hub_export import CheckpointError, export, push
-from healthgpt.hub_export.plugins import add_plugin, extract_plugin, list_plugins
+from healthgpt.hub_export.checkpoint import list_plugins
+from healthgpt.hub_export.plugins import add_plugin, extract_plugin
 
 FILES = ["base/model.safetensors", "vit/model.safetensors", "com_hlora_weights.bin", "gen_hlora_weights.bin"]
 FILES += ["fusion_layer_weights.bin", "vqgan/last.ckpt"]

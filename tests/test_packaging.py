@@ -98,6 +98,7 @@ def test_a_clean_clone_and_a_wheel_install_and_work_with_the_core_dependencies(c
     calls += [M3, [*M3, "--quantize", "8bit"], ["ui"], ["explain", picture, "What?", "-o", "out"]]
     calls += [["ask", get_testdata_file("MR_small.dcm", download=False), "What?"], ["ask", "-c", "quantised", "What?"]]
     calls += [["bench"]]
+    (tmp_path / "pairs.jsonl").touch()
     (tmp_path / "quantised").mkdir()
     config = {"model_type": "healthgpt", "quantization_config": {"quant_method": "bitsandbytes"}}
     (tmp_path / "quantised/config.json").write_text(json.dumps(config))

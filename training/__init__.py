@@ -1,22 +1,21 @@
 """Training of HealthGPT: the three stages, on transformers' Trainer."""
 
-from .data import TrainingCollator, add_codes, typical_codes
-from .recipes import RECIPES, STAGES, Recipe, recipe_of
-from .tasks import add_task, save_plugin, start_fusion
-from .trainer import HealthGPTTrainer, last_checkpoint, training_arguments
+from ..imports import on_demand
 
-__all__ = [
-    "RECIPES",
-    "STAGES",
-    "HealthGPTTrainer",
-    "Recipe",
-    "TrainingCollator",
-    "add_codes",
-    "add_task",
-    "last_checkpoint",
-    "recipe_of",
-    "save_plugin",
-    "start_fusion",
-    "training_arguments",
-    "typical_codes",
-]
+_MODULES = {
+    "HealthGPTTrainer": "trainer",
+    "RECIPES": "recipes",
+    "Recipe": "recipes",
+    "STAGES": "recipes",
+    "TrainingCollator": "data",
+    "add_codes": "data",
+    "add_task": "tasks",
+    "last_checkpoint": "trainer",
+    "recipe_of": "recipes",
+    "save_plugin": "tasks",
+    "start_fusion": "tasks",
+    "training_arguments": "trainer",
+    "typical_codes": "data",
+}
+__all__ = list(_MODULES)
+__getattr__ = on_demand(__name__, _MODULES)

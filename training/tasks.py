@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from ..errors_healthgpt import HealthGPTError
+from ..hub_export.checkpoint import task_of
 from ..hub_export.plan import is_finite
 from ..hub_export.plugins import write_plugin
-from ..hub_export.write import task_of
 from ..refusals import files
 
 
@@ -83,7 +83,7 @@ def save_plugin(model, task: str, folder: Path, with_tables: bool = False) -> No
         HealthGPTError: if its weights are no finite numbers any more, or the folder cannot be written.
     """
     dtype, settings = model.lm_head.weight.dtype, asdict(model.config.tasks[task])
-    owned = {name: value for name, value in model.state_dict().items() if task_of(name, model.config) == task}
+    owned = {name: value for name, value in model.state_dict().items() if task_of(name, model.config.tasks) == task}
     if with_tables:
         tables = settings["token_tables"]
         owned[f"model.token_embeddings.{task}.weight"] = model.model.token_embeddings[tables].weight

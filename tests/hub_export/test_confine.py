@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from healthgpt.app.common import load, require_checkpoint
 from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.hub_export import CheckpointError, export, push
+from healthgpt.hub_export.checkpoint import list_plugins, read_record
 from healthgpt.hub_export.families import build_tokenizer
-from healthgpt.hub_export.plugins import add_plugin, extract_plugin, list_plugins
-from healthgpt.hub_export.write import read_record
+from healthgpt.hub_export.plugins import add_plugin, extract_plugin
 
 INDEX, PLUGIN_FILE = "model.safetensors.index.json", "model-plugin_generation-00001-of-00001.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -319,7 +319,7 @@ def test_a_damaged_or_missing_shard_is_named(folder, tmp_path):
     [
         ("confine.inside", lambda folder, sources: list_plugins(folder)),
         ("confine.require_no_pointer", lambda folder, sources: list_plugins(folder)),
-        ("write.inside", lambda folder, sources: read_record(folder)),
+        ("checkpoint.inside", lambda folder, sources: read_record(folder)),
         ("families._sentencepiece", lambda folder, sources: build_tokenizer(sources)),
     ],
 )

@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.hub_export import CheckpointError, export
-from healthgpt.hub_export.plugins import add_plugin, extract_plugin, list_plugins
+from healthgpt.hub_export.checkpoint import list_plugins
+from healthgpt.hub_export.plugins import add_plugin, extract_plugin
 
 
 @pytest.fixture

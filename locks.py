@@ -37,10 +37,11 @@ def alone(path: str | Path) -> Iterator[None]:
             raise HealthGPTError(f"The folder {Path(path).parent} does not exist.")
         # For all users, who else could not lock the file that a killed command of one of them left.
         lock = FileLock(file, mode=0o666, blocking=False, fallback_to_soft=False)
-        file.touch()  # the library takes a folder where nothing can be written for a lock that is held
         try:
             held = lock.acquire()
         except Timeout as error:
+            if not os.path.lexists(file):  # what the library says too where no file can be made
+                raise HealthGPTError(f"{path} could not be written: {file} cannot be made.") from error
             raise HealthGPTError(f"Another command is changing {path}: wait until it has ended.") from error
     with held:
         try:

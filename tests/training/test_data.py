@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
 from conftest import CHECKPOINTS, GOLDEN
+from datasets import Dataset
 from PIL import Image
 
 from healthgpt.samples import read_samples

@@ -17,7 +17,7 @@ are medians of the ratios within a turn.
               written plainly, and with this package; then a pass over several tokens. It says nothing of heads and loops.
     images    the small model `nano` on phantoms that it has not seen: its five drawing tasks and answers of a fixed length, one
               code a pass and as many as the package chooses, each kind in a process of its own. `--against` adds the package in
-              another checkout, whose small model draws the same. How many codes a pass draws depends on the model and its images:
+              another checkout, whose small model has to have the same weights. How many codes a pass draws depends on the model and its images:
               these passes are not those of an M3.
 
 In float32 all drawings and answers have to be the same, code for code, and the layers' outputs up to rounding; if some are not, the
@@ -441,7 +441,13 @@ def checkout(path: str) -> Path:
     for part in ("__init__.py", "nano/config.json"):
         if not (folder / part).is_file():
             raise argparse.ArgumentTypeError(f"{path} is no checkout of the package: it has no {part}")
+    if weight_files(folder) != weight_files(PACKAGE):
+        raise argparse.ArgumentTypeError(f"the small model of {path} has other weights, so that it draws otherwise")
     return folder
+
+
+def weight_files(package: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in package.glob("nano/*.safetensors")}
 
 
 def hidden_size(text: str) -> int:
@@ -464,27 +470,37 @@ def print_tables(title: str, rows: list[dict], columns: dict[str, Callable[[dict
             table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
         for row in rows:
             if row["dtype"] == dtype:
-                table.add_row(*(column(row) for column in columns.values()))
+                table.add_row(*(cell(row) for cell in columns.values()))
         Console(width=140).print(table)
 
 
-def milliseconds(name: str) -> Callable[[dict], str]:
-    return lambda row: f"{row[name] * 1e3:.3g}" if name in row else ""
+def column(name: str, factor: float = 1) -> Callable[[dict], str]:
+    """The cells of a column: a number of three digits or whole, where there is one."""
+
+    def cell(row):
+        if name not in row:
+            return ""
+        value = row[name] * factor
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    return cell
 
 
 def print_costs(rows: list[dict]) -> None:
     columns = {"model, task": lambda row: f"{row['model']}, {row['task']}"}
     for part in ("base", "plugin", "head", "cache"):
-        columns[f"{part} MB"] = lambda row, part=part: f"{row[f'{part}_bytes'] / 1e6:.4g}"
-    columns["operations a token"] = lambda row: f"{row['operations_a_token']:.3g}"
+        columns[f"{part} MB"] = column(f"{part}_bytes", 1e-6)
     columns |= {
-        "token ms": milliseconds("token_seconds"),
-        "image ms": milliseconds("image_seconds"),
-        "in one pass": milliseconds("image_seconds_in_one_pass"),
-        "free tokens": lambda row: f"{row['free_tokens']:.3g}",
+        "million operations": column("operations_a_token", 1e-6),
+        "token ms": column("token_seconds", 1e3),
+        "image s": column("image_seconds"),
+        "in one pass s": column("image_seconds_in_one_pass"),
+        "free tokens": column("free_tokens"),
     }
     print_tables(
-        "The least that decoding can take (batch 1; a pass over so many free tokens takes no longer)", rows, columns
+        "The least that a token and an image can take, batch 1 (a pass over the free tokens takes no longer)",
+        rows,
+        columns,
     )
 
 
@@ -493,7 +509,7 @@ def print_layers(rows: list[dict]) -> None:
         "kind": lambda row: row["kind"] if row["task"] is None else f"{row['kind']}, {row['task']}",
         "batch": lambda row: str(row["batch"]),
         "tokens": lambda row: str(row["tokens"]),
-        "ms": milliseconds("seconds"),
+        "ms": column("seconds", 1e3),
         "beside bare": lambda row: f"{row['ratio']:.3f}",
         "ATen calls more a linear": lambda row: f"{row['calls_a_linear']:.1f}",
         "off the formula": lambda row: f"{row['error']:.1e}" if "error" in row else "",
@@ -505,11 +521,11 @@ def print_images(rows: list[dict], reference: str) -> None:
     columns = {
         "subject, kind": lambda row: f"{row['subject']}, {row['kind']}",
         "batch": lambda row: str(row["batch"]),
-        "passes": lambda row: f"{row['passes']:.1f}",
-        "first ms": milliseconds("first_seconds"),
-        "token ms": milliseconds("token_seconds"),
-        "each ms": milliseconds("seconds"),
-        "floor ms": milliseconds("floor_seconds"),
+        "passes": column("passes"),
+        "first ms": column("first_seconds", 1e3),
+        "token ms": column("token_seconds", 1e3),
+        "each ms": column("seconds", 1e3),
+        "floor ms": column("floor_seconds", 1e3),
         "time beside": lambda row: f"{row['ratio']:.3f}",
         "memory beside": lambda row: f"{row['peak_ratio']:.3f}",
         "equal": lambda row: f"{row['equal']} of {row['compared']}",
@@ -537,6 +553,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(QUICK)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler tells of every start and stop
     load_before = os.getloadavg()[0]
     machines = measure_machine(arguments.dtypes, arguments.megabytes)
     costs, layers, images = [], [], []

@@ -70,7 +70,8 @@ class Machine:
 
     Args:
         bandwidth (`float`): Bytes that are read from memory in a second.
-        speed (`float`): Operations of a matrix product in a second; a multiplication and its addition are two.
+        speed (`float`): Operations in a second, a multiplication and its addition being two, of products with a matrix or
+            with a vector, whichever do more: where there are no instructions for a dtype, those with vectors do.
     """
 
     bandwidth: float
@@ -172,14 +173,19 @@ def seconds_of(function: Callable) -> float:
 
 
 def measure_machine(dtypes: list[torch.dtype], megabytes: int) -> dict[torch.dtype, Machine]:
-    """The best of five matrix-vector products larger than the caches, and of five matrix products in each dtype."""
+    """The best of five products of a matrix larger than the caches with a vector, and of five of square matrices."""
+
+    def fastest(matrix, other):
+        return min(seconds_of(lambda: matrix @ other) for _ in range(5))
+
     matrix, vector = torch.ones(megabytes * 10**6 // 4096 // 4, 4096), torch.ones(4096)
-    bandwidth = matrix.nbytes / min(seconds_of(lambda: matrix @ vector) for _ in range(5))
+    bandwidth = matrix.nbytes / fastest(matrix, vector)
     side, machines = 64 * math.isqrt(megabytes), {}
     for dtype in dtypes:
         square = torch.ones(side, side, dtype=dtype)
-        fastest = min(seconds_of(lambda square=square: square @ square) for _ in range(5))
-        machines[dtype] = Machine(bandwidth, 2 * side**3 / fastest)
+        with_matrix = 2 * side**3 / fastest(square, square)
+        with_vector = 2 * matrix.numel() / fastest(matrix.to(dtype), vector.to(dtype))
+        machines[dtype] = Machine(bandwidth, max(with_matrix, with_vector))
     return machines
 
 

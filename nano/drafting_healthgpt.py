@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import transformers
 from transformers.generation import LogitsProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE_NAME = "cache" if TRANSFORMERS_VERSION >= (5, 24) else "past_key_values"
@@ -130,6 +131,7 @@ class DraftedPasses:
     def _prefill(self, input_ids, generation_config, model_kwargs, **kwargs):
         """The prompt and the beginning of the draft in one pass."""
         self.prompt_length = input_ids.shape[1]
+        model_kwargs[CACHE_NAME].activate_past_recording()  # sliding windows keep what a crop goes back to
         can_draft = model_kwargs.get("inputs_embeds") is None and generation_config.prefill_chunk_size is None
         width = min(self.widths.best(), self.drafts.shape[1] - 1) if can_draft else 1
         width = int(width) if width > 1 else 0
@@ -164,9 +166,8 @@ class DraftedPasses:
         if self.pad_token_id is not None:
             self.drafts[input_ids[:, -1] == self.pad_token_id, place:] = self.pad_token_id
         horizon = self.drafts.shape[1]
-        width = self.widths.next(horizon - place)
-        first = min(place, horizon - width) if self.is_compiled else place
-        width = min(width, horizon - first)
+        width = self.widths.next(horizon if self.is_compiled else horizon - place)
+        first = min(place, horizon - width)
         ids = torch.cat([input_ids, self.drafts[:, place:]], dim=1)[:, : self.prompt_length + first + width - 1]
         added = ids.shape[1] - self.prompt_length
         known = self.offset + self.prompt_length + first - 1
@@ -197,7 +198,7 @@ class DraftedPasses:
     def _keep(self, outputs, read, first):
         """Keeps what a pass gave from place `first` on, and drafts by it what follows."""
         self.num_passes += 1
-        self.outputs, self.cache, self.first = outputs, outputs[CACHE_NAME], first
+        self.cache, self.first = outputs[CACHE_NAME], first
         self.read = read[:, self.prompt_length + first :].clone()
         self.logits = outputs.logits[:, -1 - self.read.shape[1] :].to(torch.float32, copy=True)
         predicted = self._predict(self.logits[..., self.codes], first) + self.codes.start
@@ -215,12 +216,14 @@ class DraftedPasses:
 
     def _outputs_of(self, place):
         """What a pass over the last token alone would have given."""
-        self.outputs.logits = self.logits[:, place - self.first].unsqueeze(1)
-        return self.outputs
+        return CausalLMOutputWithPast(logits=self.logits[:, place - self.first].unsqueeze(1))
 
     def finish(self, length: int) -> None:
         """Leaves the cache, for `length` ids written in all, as the loop would have: without the last and what follows it."""
         self.cache.crop(self.offset + length - 1 - int(self.cache.get_seq_length()))
+        for layer in self.cache.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
 
 class PassWidths:
@@ -270,9 +273,9 @@ class PassWidths:
     def add(self, width: int, seconds: float) -> None:
         """Keeps the time of a pass if it tells something new."""
         if self.fixed is None and width >= max(self.seconds, default=1):
-            times = self.seconds.setdefault(width, [])
+            times = self.seconds.get(width, [])
             if len(times) < self.TIMES:
-                times.append(seconds)
+                self.seconds[width] = [*times, seconds]  # at once, as other threads read it
 
     def learn(self, width: int, drawn: int) -> None:
         """Learns from a pass over so many codes how many of them were drawn."""

@@ -17,6 +17,7 @@ from transformers.generation import (
     EosTokenCriteria,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
@@ -252,7 +253,9 @@ class HealthGPTGenerationMixin(GenerationMixin):
             forbids = logits_processor[0] is grammar and not generation_config.output_logits
             if forbids:  # once for all codes of a pass
                 logits_processor = LogitsProcessorList(logits_processor[1:])
-            if draws.all():  # image codes end nothing
+            if draws.all() and all(
+                isinstance(item, (EosTokenCriteria, MaxLengthCriteria)) for item in stopping_criteria
+            ):  # image codes end nothing
                 stopping_criteria = StoppingCriteriaList(
                     item for item in stopping_criteria if not isinstance(item, EosTokenCriteria)
                 )

@@ -136,6 +136,8 @@ class DraftedPasses:
         width = min(self.widths.best(), self.drafts.shape[1] - 1) if can_draft else 1
         width = int(width) if width > 1 else 0
         read = torch.cat([input_ids, self.drafts[:, :width]], dim=1)
+        if model_kwargs.get("attention_mask") is None:  # a mask of ones, of which the loop keeps the length
+            generation_config._mask_length += width
         self._keep(
             self.model._prefill(read, generation_config, self._extend(model_kwargs, width, width + 1), **kwargs),
             read,

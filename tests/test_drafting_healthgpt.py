@@ -99,11 +99,11 @@ def test_every_drawing_is_the_golden_one(drawing):
         true = codes_of(model, case)
         random = torch.randint(num_codes, true.shape)
         half = torch.where(torch.arange(true.shape[1]) % 2 == 0, true, random)
-        for codes_per_pass in (None, 1, 2, 7, WHOLE) if case is cases[0] else (WHOLE,):
+        for codes_per_pass in (None, 1, 2, 7, WHOLE) if case is cases[0] else (None,):
             [row] = generate(model, processor, [case], codes_per_pass=codes_per_pass).tolist()
             assert row == case["generated_ids"], codes_per_pass
-        for codes in (true, half, random):
-            for codes_per_pass in (7, WHOLE) if codes is half else (WHOLE,):
+        for codes, widths in ((true, [7]), (half, [7, WHOLE]), (random, [WHOLE])):
+            for codes_per_pass in widths:
                 [row] = generate(model, processor, [case], codes_per_pass=codes_per_pass, draft_codes=codes).tolist()
                 assert row == case["generated_ids"], codes_per_pass
 
@@ -216,7 +216,7 @@ def test_scores_and_caches_are_those_of_one_code_a_pass(drawing, end):
     checkpoint, model, processor = drawing
     cases = drawn_cases(checkpoint)[:2]
     length = inputs_of(processor, cases)["input_ids"].shape[1]
-    for own_cache in (False, True):
+    for own_cache in (False, True) if end is not None else (False,):
         outputs = []
         for codes_per_pass in (1, WHOLE):
             options = {CACHE_NAME: DynamicCache(config=model.config.text_config)} if own_cache else {}
@@ -249,13 +249,15 @@ def test_a_cache_that_came_back_is_continued(drawing):
     checkpoint, model, processor = drawing
     [case] = cases_of(checkpoint, "generation/0")
     inputs = inputs_of(processor, [case])
-    first = generate(model, processor, [case], codes_per_pass=WHOLE, return_dict_in_generate=True)
-    more = torch.cat([first.sequences, torch.tensor([[7, 8, model.config.image_start_token_id]])], dim=1)
-    whole = model.generate(more, pixel_values=inputs["pixel_values"], task="generation", codes_per_pass=1)
-    for codes_per_pass in (5, WHOLE):
-        cache = generate(model, processor, [case], codes_per_pass=WHOLE, return_dict_in_generate=True)[CACHE_NAME]
-        continued = model.generate(more, task="generation", codes_per_pass=codes_per_pass, **{CACHE_NAME: cache})
-        assert torch.equal(continued, whole)
+    options = dict(return_dict_in_generate=True, draft_codes=codes_of(model, case))
+    first = generate(model, processor, [case], codes_per_pass=WHOLE, **options).sequences
+    more = torch.cat([first, torch.tensor([[7, 8, model.config.image_start_token_id]])], dim=1)
+    call = dict(attention_mask=torch.ones_like(more), task="generation")
+    whole = model.generate(more, pixel_values=inputs["pixel_values"], codes_per_pass=1, **call)
+    for pixel_values in (None, inputs["pixel_values"]):
+        cache = generate(model, processor, [case], codes_per_pass=WHOLE, **options)[CACHE_NAME]
+        kept = {CACHE_NAME: cache, "pixel_values": pixel_values}
+        assert torch.equal(model.generate(more, codes_per_pass=5, **call, **kept), whole)
         assert cache.get_seq_length() == whole.shape[1] - 1
 
 
@@ -515,7 +517,7 @@ def test_a_wrong_coupling_is_found(m3, short_prompt, monkeypatch, fault):
     assert is_surprising(sampled_pairs(model, short_prompt, **options), exact_pairs(model, short_prompt, **options))
 
 
-@pytest.mark.parametrize("size", [(64, 64), (120, 50), (44, 130)], ids=["square", "wide", "tall"])
+@pytest.mark.parametrize("size", [(64, 64), (120, 70), (60, 90)], ids=["square", "wide", "tall"])
 def test_targets_of_what_the_model_sees_are_those_of_the_image(m3, size):
     checkpoint, model, processor = m3
     picture = pictures_of(checkpoint.cases[4])[0].convert("RGB").resize((8, 8)).resize(size, Image.Resampling.BICUBIC)
@@ -525,9 +527,7 @@ def test_targets_of_what_the_model_sees_are_those_of_the_image(m3, size):
     expected = processor.process_target_images(picture)
     assert targets.shape == expected.shape == (1, 3, resolution, resolution)
     assert targets.min() >= -1 and targets.max() <= 1
-    near = (targets - expected).abs().mean()
-    print(size, inputs.shape, near, (targets.flip(3) - expected).abs().mean())
-    assert near < 0.1
+    assert (targets - expected).abs().mean() < 0.06 < (targets.flip(3) - expected).abs().mean()
 
 
 def test_a_target_of_nothing_but_padding_is_its_colour(m3):

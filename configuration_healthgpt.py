@@ -39,7 +39,8 @@ def require_codes(codes: list, length: int, num_codes: int, name: str) -> None:
     Raises:
         HealthGPTError: if they are not so many whole numbers from 0 on below `num_codes`; the sentence begins with `name`.
     """
-    if not (isinstance(codes, list) and len(codes) == length and all(code in range(num_codes) for code in codes)):
+    valid = isinstance(codes, list) and all(type(code) is int and code in range(num_codes) for code in codes)
+    if not (valid and len(codes) == length):
         raise HealthGPTError(f"{name} are the {length} codes of an image, whole numbers from 0 to {num_codes - 1}.")
 
 

@@ -182,7 +182,8 @@ class HLoRALinear(nn.Module):
                 output[rows].add_(plugin(hidden_states[rows]), alpha=plugin.scaling)
             else:
                 rows = rows.to(output.device)
-                output.index_add_(0, rows, plugin(hidden_states[rows]), alpha=plugin.scaling)
+                added = plugin(hidden_states[rows]).to(output.dtype)
+                output.index_add_(0, rows, added, alpha=plugin.scaling)
         return output
 
     def unload_and_optionally_merge_module(self, **kwargs) -> "HLoRALinear":

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import transformers
 from transformers.generation import LogitsProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE_NAME = "cache" if TRANSFORMERS_VERSION >= (5, 24) else "past_key_values"
@@ -130,10 +131,13 @@ class DraftedPasses:
     def _prefill(self, input_ids, generation_config, model_kwargs, **kwargs):
         """The prompt and the beginning of the draft in one pass."""
         self.prompt_length = input_ids.shape[1]
+        model_kwargs[CACHE_NAME].activate_past_recording()  # sliding windows keep what a crop goes back to
         can_draft = model_kwargs.get("inputs_embeds") is None and generation_config.prefill_chunk_size is None
         width = min(self.widths.best(), self.drafts.shape[1] - 1) if can_draft else 1
         width = int(width) if width > 1 else 0
         read = torch.cat([input_ids, self.drafts[:, :width]], dim=1)
+        if model_kwargs.get("attention_mask") is None:  # a mask of ones, of which the loop keeps the length
+            generation_config._mask_length += width
         self._keep(
             self.model._prefill(read, generation_config, self._extend(model_kwargs, width, width + 1), **kwargs),
             read,
@@ -164,9 +168,8 @@ class DraftedPasses:
         if self.pad_token_id is not None:
             self.drafts[input_ids[:, -1] == self.pad_token_id, place:] = self.pad_token_id
         horizon = self.drafts.shape[1]
-        width = self.widths.next(horizon - place)
-        first = min(place, horizon - width) if self.is_compiled else place
-        width = min(width, horizon - first)
+        width = self.widths.next(horizon if self.is_compiled else horizon - place)
+        first = min(place, horizon - width)
         ids = torch.cat([input_ids, self.drafts[:, place:]], dim=1)[:, : self.prompt_length + first + width - 1]
         added = ids.shape[1] - self.prompt_length
         known = self.offset + self.prompt_length + first - 1
@@ -197,7 +200,7 @@ class DraftedPasses:
     def _keep(self, outputs, read, first):
         """Keeps what a pass gave from place `first` on, and drafts by it what follows."""
         self.num_passes += 1
-        self.outputs, self.cache, self.first = outputs, outputs[CACHE_NAME], first
+        self.cache, self.first = outputs[CACHE_NAME], first
         self.read = read[:, self.prompt_length + first :].clone()
         self.logits = outputs.logits[:, -1 - self.read.shape[1] :].to(torch.float32, copy=True)
         predicted = self._predict(self.logits[..., self.codes], first) + self.codes.start
@@ -215,12 +218,14 @@ class DraftedPasses:
 
     def _outputs_of(self, place):
         """What a pass over the last token alone would have given."""
-        self.outputs.logits = self.logits[:, place - self.first].unsqueeze(1)
-        return self.outputs
+        return CausalLMOutputWithPast(logits=self.logits[:, place - self.first].unsqueeze(1))
 
     def finish(self, length: int) -> None:
         """Leaves the cache, for `length` ids written in all, as the loop would have: without the last and what follows it."""
         self.cache.crop(self.offset + length - 1 - int(self.cache.get_seq_length()))
+        for layer in self.cache.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
 
 class PassWidths:
@@ -250,19 +255,21 @@ class PassWidths:
         """The width that draws the most codes in a time."""
         if self.fixed is not None:
             return self.fixed
-        if len(self.seconds) < 2:
+        seconds = self.seconds.copy()  # other threads add to it
+        if len(seconds) < 2:
             return 1
-        one, widest = min(self.seconds[1]), max(self.seconds)
-        wide = [width for width in self.seconds if width > 1 and width >= widest / 4]
-        slope = min((min(self.seconds[width]) - one) / (width - 1) for width in wide)
+        one, widest = min(seconds[1]), max(seconds)
+        wide = [width for width in seconds if width > 1 and width >= widest / 4]
+        slope = min((min(seconds[width]) - one) / (width - 1) for width in wide)
         # The largest w**exponent / (constant + slope * w)
         return max(1, self.exponent / (1 - self.exponent) * (one - slope) / slope) if slope > 0 else math.inf
 
     def next(self, remaining: int) -> int:
         """The width of the next pass, which has `remaining` codes left to read."""
-        wanted, widest = self.best(), max(self.seconds, default=1)
+        wanted, seconds = self.best(), self.seconds.copy()
+        widest = max(seconds, default=1)
         if self.fixed is None:
-            if len(self.seconds.get(widest, ())) < self.TIMES:
+            if len(seconds.get(widest, ())) < self.TIMES:
                 wanted = widest
             elif widest == 1 or wanted > widest:
                 wanted = self.RUNG * widest

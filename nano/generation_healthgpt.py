@@ -17,6 +17,7 @@ from transformers.generation import (
     EosTokenCriteria,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
@@ -164,7 +165,7 @@ class HealthGPTGenerationMixin(GenerationMixin):
                 raise HealthGPTError(
                     "A prompt ends with <start_index>, as prompts for drawing do, but its task answers in words."
                 )
-        self._check_generation(prompt.shape[1], draws, kwargs, generation_config)
+        self._check_generation(prompt.shape[1], draws, kwargs, generation_config, codes_per_pass)
 
         logits_processor = LogitsProcessorList(logits_processor or [])
         if self.config.image_token_id < self.lm_head.out_features:
@@ -228,8 +229,6 @@ class HealthGPTGenerationMixin(GenerationMixin):
         model = self
         if codes_per_pass is None:
             codes_per_pass = getattr(generation_config, "codes_per_pass", None)
-        if codes_per_pass is not None and not (isinstance(codes_per_pass, int) and codes_per_pass >= 1):
-            raise HealthGPTError(f"codes_per_pass is a whole number from 1 on, got {codes_per_pass!r}.")
         grammar = next((item for item in logits_processor if isinstance(item, ImageTokenLogitsProcessor)), None)
         can_draft = (
             grammar is not None
@@ -252,7 +251,9 @@ class HealthGPTGenerationMixin(GenerationMixin):
             forbids = logits_processor[0] is grammar and not generation_config.output_logits
             if forbids:  # once for all codes of a pass
                 logits_processor = LogitsProcessorList(logits_processor[1:])
-            if draws.all():  # image codes end nothing
+            if draws.all() and all(
+                isinstance(item, (EosTokenCriteria, MaxLengthCriteria)) for item in stopping_criteria
+            ):  # image codes end nothing
                 stopping_criteria = StoppingCriteriaList(
                     item for item in stopping_criteria if not isinstance(item, EosTokenCriteria)
                 )
@@ -316,7 +317,7 @@ class HealthGPTGenerationMixin(GenerationMixin):
         pad = self.config.text_config.pad_token_id or 0
         return shift(input_ids, pad, self.config.image_start_token_id), shift(attention_mask, 0, 1)
 
-    def _check_generation(self, prompt_length, draws, kwargs, generation_config):
+    def _check_generation(self, prompt_length, draws, kwargs, generation_config, codes_per_pass):
         window = self.config.text_config.max_position_embeddings
         new_tokens = self.config.num_image_codes if draws.any() else 1
         if prompt_length + new_tokens > window:
@@ -334,6 +335,9 @@ class HealthGPTGenerationMixin(GenerationMixin):
                 "repetition_penalty and prompt_lookup_num_tokens need transformers 5.18 or newer, since the id that stands "
                 "for pictures lies past the token tables."
             )
+        for number in (codes_per_pass, option("codes_per_pass")):
+            if number is not None and not (type(number) is int and number >= 1):
+                raise HealthGPTError(f"codes_per_pass is a whole number from 1 on, got {number!r}.")
         if draws.any() and option("forced_eos_token_id") is not None:
             raise HealthGPTError("forced_eos_token_id would take the place of a picture's last code: draw without it.")
         if (option("encoder_repetition_penalty") or 1) != 1:

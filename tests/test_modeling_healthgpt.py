@@ -14,7 +14,7 @@ from transformers import (
 from healthgpt import HealthGPTError, TaskConfig
 from healthgpt.generation_healthgpt import TRANSFORMERS_VERSION
 from healthgpt.hub_export import export
-from healthgpt.modeling_healthgpt import HLoRALinear, route
+from healthgpt.modeling_healthgpt import HLoRALinear, group_by_task, route
 
 
 def test_hlora_linear_is_its_equation():
@@ -36,6 +36,93 @@ def test_hlora_linear_is_its_equation():
     with route([("b", torch.tensor([0])), ("a", torch.tensor([1]))]):
         torch.testing.assert_close(layer(x), torch.stack(expected))
     torch.testing.assert_close(layer(x), layer.base_layer(x))
+
+
+TASKS_OF_ROWS = {  # rows of one task as neighbours, and not
+    "neighbours": ["a", "a", "b", "b", "b"],
+    "mixed": ["a", "b", "a", "b", "b"],
+    "one task": ["b"] * 5,
+}
+
+
+@pytest.fixture(params=TASKS_OF_ROWS.values(), ids=TASKS_OF_ROWS.keys())
+def mixed_rows(request):
+    """An H-LoRA linear, what it reads and the tasks of the rows."""
+    torch.manual_seed(0)
+    tasks = {"a": TaskConfig("text", 6, 5.0, 3, -2), "b": TaskConfig("text", 4, 8, 2, 1)}
+    return HLoRALinear(torch.nn.Linear(10, 7), tasks), torch.randn(5, 3, 10), request.param
+
+
+def run_rows(layer, x, tasks):
+    with route(group_by_task(tasks, x.device)):
+        return layer(x)
+
+
+def gradients(layer, x, output):
+    leaves = [x, *layer.plugins.parameters()]
+    return torch.autograd.grad((output.float() ** 2).sum(), leaves, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_rows_of_mixed_batches_learn_what_they_learn_alone(mixed_rows, autocast):
+    layer, x, tasks = mixed_rows
+    layer.base_layer.requires_grad_(False)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        together = run_rows(layer, x, tasks)
+        alone = torch.cat([run_rows(layer, row, [task]) for row, task in zip(x.split(1), tasks, strict=True)])
+    assert together.dtype == (torch.bfloat16 if autocast else torch.float32)
+    tolerance = dict(atol=0.05, rtol=0.05) if autocast else {}
+    torch.testing.assert_close(together, alone, **tolerance)
+    assert not torch.allclose(together, layer.base_layer(x).to(together.dtype), atol=0.1)
+    for ours, expected in zip(gradients(layer, x, together), gradients(layer, x, alone), strict=True):
+        torch.testing.assert_close(ours, expected, **tolerance)
+
+
+def test_a_base_in_another_dtype_than_its_plugins(mixed_rows):
+    layer, x, tasks = mixed_rows
+    expected = run_rows(layer, x, tasks)
+
+    class Widened(torch.nn.Linear):  # gives float32 under autocast, as bitsandbytes' linears do
+        def forward(self, x):
+            return super().forward(x).float()
+
+    layer.base_layer.__class__ = Widened
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run_rows(layer, x, tasks)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected, atol=0.05, rtol=0.05)
+
+
+def test_compiled_rows_of_mixed_batches(mixed_rows):
+    layer, x, tasks = mixed_rows
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with route(group_by_task(tasks, x.device)):
+        torch.testing.assert_close(compiled(x), layer(x))
+    x.requires_grad_()
+    for ours, expected in zip(
+        gradients(layer, x, run_rows(compiled, x, tasks)), gradients(layer, x, run_rows(layer, x, tasks)), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_dropout_zeroes_inputs_of_a_alone():
+    torch.manual_seed(0)
+    layer = HLoRALinear(torch.nn.Linear(10, 7), {"a": TaskConfig("text", 6, 5.0, 3, -2, dropout=0.5)})
+    x = torch.randn(4, 3, 10)
+    plugin = layer.plugins["a"]
+    torch.manual_seed(1)
+    output = run_rows(layer, x, ["a"] * 4)
+    torch.manual_seed(1)
+    tokens = x.flatten(0, 1)
+    dropped = torch.nn.functional.dropout(tokens, 0.5)
+    gates = (tokens @ plugin.lora_route.weight.T).softmax(-1).repeat_interleave(2, dim=-1)
+    added = 5.0 / 6 * 3 * (gates * (dropped @ plugin.lora_A.weight.T)) @ plugin.lora_B.weight.T
+    torch.testing.assert_close(output, layer.base_layer(x) + added.view(4, 3, 7))
+    layer.eval()
+    assert torch.equal(run_rows(layer, x, ["a"] * 4), run_rows(layer, x, ["a"] * 4))
+    assert not torch.allclose(run_rows(layer, x, ["a"] * 4), output)
 
 
 @pytest.mark.parametrize("name", ["m3", "l14", "xl32", "made_m3"])

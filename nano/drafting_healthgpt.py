@@ -22,6 +22,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE_NAME = "cache" if TRANSFORMERS_VERSION >= (5, 24) else "past_key_values"
+COMPILED_TOKENS = 128  # of a pass: a GPU that reads weights of 2 bytes computes with so many in about the same time
 PADDING = 0.02  # how far padding, whose colour is a whole number of 255, may be from CLIP's mean, in deviations
 
 
@@ -123,8 +124,10 @@ class DraftedPasses:
         return getattr(self.model, name)
 
     def get_compiled_call(self, compile_config):
-        """The compiled model takes passes of one width only."""
+        """A model is compiled anew for each width, so that all passes have one."""
         self.forward, self.is_compiled = self.model.get_compiled_call(compile_config), True
+        if self.widths.fixed is None:
+            self.widths.fixed = max(1, COMPILED_TOKENS // len(self.draws))
         return self
 
     def _prefill(self, input_ids, generation_config, model_kwargs, **kwargs):
@@ -164,9 +167,8 @@ class DraftedPasses:
         if self.pad_token_id is not None:
             self.drafts[input_ids[:, -1] == self.pad_token_id, place:] = self.pad_token_id
         horizon = self.drafts.shape[1]
-        width = self.widths.next(horizon - place)
-        first = min(place, horizon - width) if self.is_compiled else place
-        width = min(width, horizon - first)
+        width = self.widths.next(horizon if self.is_compiled else horizon - place)
+        first = min(place, horizon - width)
         ids = torch.cat([input_ids, self.drafts[:, place:]], dim=1)[:, : self.prompt_length + first + width - 1]
         added = ids.shape[1] - self.prompt_length
         known = self.offset + self.prompt_length + first - 1

@@ -249,7 +249,7 @@ class Bench:
     def answer(self, **options) -> dict:
         """Times an answer: all of it, without what its first token takes."""
         length = dict(min_new_tokens=self.new_tokens, max_new_tokens=self.new_tokens)
-        call = functools.partial(self.run, self.prompt, task="comprehension", max_cache_len=self.longest, **options)
+        call = functools.partial(self.run, self.prompt, task="comprehension", **options)
         first, *_ = call(**length)
         prompt, *_ = call(max_new_tokens=1)
         seconds, _, passes = call(**length)
@@ -264,7 +264,6 @@ class Bench:
             self.run,
             prompt,
             task="generation",
-            max_cache_len=self.longest,
             max_time=max_time,
             logits_processor=[MadeUpImage(self.model, prompt.shape[1])],
             **options,
@@ -277,14 +276,13 @@ class Bench:
         row = {"seconds_per_image": seconds * num_codes / drawn, "codes_per_pass": drawn / passes}
         return self.finish(row, first, seconds, passes, "generation")
 
-    @property
-    def longest(self) -> int:
-        """Places of a cache that both kinds fit into."""
-        return self.prompt.shape[1] + 1 + max(self.new_tokens, self.model.config.num_image_codes)
-
     def run(self, input_ids, **options) -> tuple[float, int, int]:
         """Seconds, new tokens and passes of a call of `generate`."""
         self.passes = 0
+        if "cache_implementation" in options:  # room for both kinds, so that neither is compiled twice
+            options["max_cache_len"] = (
+                self.prompt.shape[1] + 1 + max(self.new_tokens, self.model.config.num_image_codes)
+            )
         seconds, sequences = timed(
             self.model.device,
             self.model.generate,

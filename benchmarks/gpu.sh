@@ -11,6 +11,9 @@ needed = ("torch", "transformers", "PIL", "yaml", "filelock", "psutil", "wrapt",
 missing = [names.get(name, name) for name in needed if importlib.util.find_spec(name) is None]
 if missing:
     sys.exit(f"This needs {', '.join(missing)}: pip install {' '.join(missing)}.")
+import transformers
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+    sys.exit(f"This needs transformers 5.24 or newer, and {transformers.__version__} is installed.")
 if "--tiny" not in sys.argv:
     import torch
     if not torch.cuda.is_available():

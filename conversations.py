@@ -34,6 +34,7 @@ def answer_batch(
     questions: list[tuple[list, str]],
     task: str | list[str] = "comprehension",
     max_new_tokens: int = 1024,
+    **options,
 ) -> list[str]:
     """
     Answers questions greedily. In float32 the answers are those that each question gets alone.
@@ -44,11 +45,12 @@ def answer_batch(
         task (`str` or `list[str]`, defaults to `"comprehension"`): A task of the model that answers in words, or one for each
             question.
         max_new_tokens (`int`, defaults to 1024): Longest answer.
+        options: Further arguments of `generate`.
 
     Returns:
         `list[str]`: An answer for each question, without spaces around it.
     """
     inputs = prepare(processor, [conversation(*question) for question in questions], task).to(model.device)
-    sequences = model.generate(**inputs, task=task, do_sample=False, max_new_tokens=max_new_tokens)
+    sequences = model.generate(**inputs, task=task, do_sample=False, max_new_tokens=max_new_tokens, **options)
     answers = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE_NAME = "cache" if TRANSFORMERS_VERSION >= (5, 24) else "past_key_values"
+COMPILED_TOKENS = 128  # of a pass: a GPU that reads weights of 2 bytes computes with so many in about the same time
 PADDING = 0.02  # how far padding, whose colour is a whole number of 255, may be from CLIP's mean, in deviations
 
 
@@ -124,8 +125,10 @@ class DraftedPasses:
         return getattr(self.model, name)
 
     def get_compiled_call(self, compile_config):
-        """The compiled model takes passes of one width only."""
+        """A model is compiled anew for each width, so that all passes have one."""
         self.forward, self.is_compiled = self.model.get_compiled_call(compile_config), True
+        if self.widths.fixed is None:
+            self.widths.fixed = max(1, COMPILED_TOKENS // len(self.draws))
         return self
 
     def _prefill(self, input_ids, generation_config, model_kwargs, **kwargs):

@@ -12,7 +12,7 @@ import math
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.generation import (
     EosTokenCriteria,
     LogitsProcessor,
@@ -100,7 +100,8 @@ class HealthGPTGenerationMixin(GenerationMixin):
         **kwargs,
     ):
         """
-        Answers or draws; transformers' `generate` with the task of every row.
+        Answers or draws; transformers' `generate` with the task of every row. On a GPU `cache_implementation="static"` compiles the
+        passes after the prompt's.
 
         A row that draws gets `<start_index>` appended if its prompt lacks it, and writes exactly one whole picture of
         codes, whatever length is asked for: length arguments hold for rows that answer. Only a stopping criterion of the
@@ -121,7 +122,8 @@ class HealthGPTGenerationMixin(GenerationMixin):
                 (`TaskConfig.follows_input`).
             codes_per_pass (`int`, *optional*, defaults to `model.generation_config.codes_per_pass` if that is set): How many codes
                 a pass reads at most; 1 is one after another. By default the number that this device draws fastest with,
-                measured by the first passes (see `PassWidths`).
+                measured by the first passes (see `PassWidths`), or 128 in all rows if the passes are compiled, which then all
+                read as many.
 
         Returns:
             As `GenerationMixin.generate`: ids of prompt and continuation, `(batch * num_return_sequences, length)`.
@@ -267,6 +269,16 @@ class HealthGPTGenerationMixin(GenerationMixin):
         if can_draft:
             model.finish(getattr(output, "sequences", output).shape[1])
         return output
+
+    def _prepare_static_cache(self, *args, **kwargs):
+        """
+        A static cache that keeps what has left a sliding window, which the masks hide: a layer that slides counts in Python, so
+        that compiled passes would need a CUDA graph for every place.
+        """
+        cache = super()._prepare_static_cache(*args, **kwargs)
+        if any(cache.is_sliding):
+            cache.layers = [StaticLayer(self._previous_max_cache_length) for _ in cache.layers]
+        return cache
 
     def _expected_codes(self, input_ids, draws, kwargs):
         """The draft of every row that draws: the codes of its first input image if its task follows it, or typical ones."""

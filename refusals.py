@@ -140,6 +140,27 @@ def memory() -> Iterator[None]:
 
 
 @contextmanager
+def compiling() -> Iterator[None]:
+    """
+    Passes of a model that transformers may compile.
+
+    Raises:
+        HealthGPTError: if torch cannot compile them here.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # not at the head: this takes a second
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        raise HealthGPTError(
+            f"The model cannot be compiled here: {reason_of(getattr(error, 'inner_exception', error)):.300}. Compiling needs a C++ "
+            "compiler, and on a GPU Triton."
+        ) from error
+
+
+@contextmanager
 def extras() -> Iterator[None]:
     """
     Imports of packages that an extra brings.

@@ -11,18 +11,20 @@ import typer
 from ..conversations import answer_batch, conversation, prepare
 from ..errors_healthgpt import HealthGPTError
 from ..locks import alone, lock_of
-from ..refusals import memory, printable
+from ..refusals import compiling, memory, printable
 from .answers import AnswerTable, require_utf8
 from .common import (
     NANO,
     AnswerTask,
     AsJson,
     Checkpoint,
+    Compile,
     Device,
     Dtype,
     Frame,
     MaxNewTokens,
     bars,
+    cache_options,
     load,
     open_all,
     print_result,
@@ -48,6 +50,7 @@ def ask(
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
+    compile_model: Compile = False,
 ) -> None:
     """
     Answers a question about pictures, about every picture of a folder, or about nothing but the question.
@@ -93,6 +96,7 @@ def ask(
     else:
         pictures = open_all(paths, frame)
     model, processor = load(checkpoint, device, dtype, task)
+    options |= cache_options(model, compile_model)
     if folders:
         with stoppable(
             lambda: f"{len(table.done)} answers are kept in {output}; the same command goes on from there."
@@ -107,7 +111,7 @@ def ask(
         print_result(as_json, f"{printable(str(output))} ({rows} answers, {new} of them new)", content)
         return
     if as_json:
-        with working("Answering"), memory():
+        with working("Answering"), memory(), compiling():
             [answer] = answer_batch(model, processor, [(pictures, question)], **options)
         files = [str(path) for path in paths]
         content = {"files": files, "frame": frame, "question": question, "answer": answer, "task": task}
@@ -116,7 +120,7 @@ def ask(
     from .streamers import AnswerStreamer
 
     inputs = prepare(processor, conversation(pictures, question), task).to(model.device)
-    with memory(), ExitStack() as sign:
+    with memory(), compiling(), ExitStack() as sign:
         sign.enter_context(working("Reading the question"))
 
         def write(text: str) -> None:
@@ -153,7 +157,7 @@ def ask_folder(
             else:
                 yield name, picture
 
-    with bars() as progress, memory():
+    with bars() as progress, memory(), compiling():
         bar = progress.add_task("Answering", total=len(files), completed=len(files) - len(waiting))
         readable = pictures()
         while batch := dict(itertools.islice(readable, batch_size)):

@@ -64,6 +64,10 @@ Frame = Annotated[
 ]
 AnswerTask = Annotated[str, typer.Option("--task", help="A task of the checkpoint that answers in words.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the model for a GPU: takes about a minute, so it is for many images."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -127,6 +131,13 @@ def load_parts(checkpoint: str, device: str | None, dtype: str | None, task: str
     processor = HealthGPTProcessor.from_pretrained(checkpoint)
     model = HealthGPTForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype or "auto")
     return model.to(device), processor
+
+
+def cache_options(model, compiled: bool) -> dict[str, str]:
+    """The argument of `generate` with which transformers compiles it, if that is asked for; refused where it would not."""
+    if compiled and model.device.type not in ("cuda", "xpu"):
+        raise HealthGPTError(f"--compile is for GPUs (cuda, xpu), and the model is on {model.device}: leave it out.")
+    return {"cache_implementation": "static"} if compiled else {}
 
 
 def require_file(path: Path) -> None:

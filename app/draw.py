@@ -9,15 +9,17 @@ import typer
 
 from ..conversations import conversation, prepare
 from ..errors_healthgpt import HealthGPTError
-from ..refusals import files, memory, printable
+from ..refusals import compiling, files, memory, printable
 from .common import (
     NANO,
     AsJson,
     Checkpoint,
+    Compile,
     Device,
     Dtype,
     Frame,
     bars,
+    cache_options,
     load,
     open_all,
     print_result,
@@ -59,6 +61,7 @@ def draw(
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
+    compile_model: Compile = False,
 ) -> None:
     """
     Draws one picture from an instruction and, if given, pictures.
@@ -90,16 +93,16 @@ def draw(
 
     from .streamers import CodeCounter
 
+    options = {"task": task, "do_sample": seed is not None, "codes_per_pass": codes_per_pass}
+    options |= cache_options(model, compile_model)
     inputs = prepare(processor, conversation(pictures, instruction), task).to(model.device)
     if seed is not None:
         torch.manual_seed(seed)
 
-    with bars() as progress, memory():
+    with bars() as progress, memory(), compiling():
         bar = progress.add_task("Drawing", total=model.config.num_image_codes)
         counter = CodeCounter(lambda number: progress.advance(bar, number))
-        sequences = model.generate(
-            **inputs, task=task, do_sample=seed is not None, streamer=counter, codes_per_pass=codes_per_pass
-        )
+        sequences = model.generate(**inputs, **options, streamer=counter)
         pixels = model.decode_image_tokens(sequences)
     [picture] = processor.post_process_multimodal_output(pixels, generation_mode="image")
     if keep_aspect_ratio:

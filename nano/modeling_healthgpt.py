@@ -31,8 +31,9 @@ from transformers.utils import CONFIG_NAME, TransformersKwargs, cached_file, can
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_healthgpt import HealthGPTConfig, TaskConfig, is_pointer, task_from_mode
+from .drafting_healthgpt import CACHE_NAME
 from .errors_healthgpt import HealthGPTError
-from .generation_healthgpt import CACHE_NAME, HealthGPTGenerationMixin
+from .generation_healthgpt import HealthGPTGenerationMixin
 from .precision_healthgpt import compute
 from .quantization_healthgpt import UnquantizedLinear, keep_scales, keep_unquantized, require_kernel
 from .vqgan_decoder import HealthGPTVQGAN

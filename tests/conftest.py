@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from warm import programs
 
-from healthgpt.hub_export import CheckpointError, ExportSources, export
+from healthgpt.benchmarks.gpu import sources_of
+from healthgpt.hub_export import CheckpointError, export
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINTS = ["m3", "l14", "xl32", "made_m3", "made_l14", "made_xl32"]
@@ -43,31 +44,6 @@ class Checkpoint:
         self.content = json.loads((self.source / "cases.json").read_text())
         self.cases = self.content["cases"]
         self.expected = load_file(self.source / "expected.safetensors")
-
-
-def sources_of(source: Path) -> ExportSources:
-    """The arguments with which a published folder is exported."""
-    content = json.loads((source / "cases.json").read_text())
-    plugins = content["plugins"]
-    optional = {
-        "generation": source / "gen_hlora_weights.bin",
-        "fusion": source / "fusion_layer_weights.bin",
-        "vqgan": source / "vqgan/last.ckpt",
-        "vqgan_config": source / "vqgan/model.yaml",
-    }
-    optional = {name: path for name, path in optional.items() if path.exists()}
-    num_codes = None
-    if "vqgan" not in optional:  # no file tells how many codes the vocabulary of such a checkpoint has
-        num_codes = content.get("num_codes", plugins["comprehension"].get("n_new_tokens", 0) - 3)
-    return ExportSources(
-        source / "base",
-        source / "vit",
-        source / "com_hlora_weights.bin",
-        comprehension_alpha=plugins["comprehension"]["alpha"],
-        generation_alpha=plugins["generation"]["alpha"] if "generation" in plugins else None,
-        num_codes=num_codes if num_codes and num_codes > 0 else None,
-        **optional,
-    )
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import GOLDEN, full_disk
 from PIL import Image
 
@@ -18,7 +19,7 @@ from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.evaluation import answers as evaluation_answers
 from healthgpt.hub_export import merge
 from healthgpt.locks import alone
-from healthgpt.refusals import loading, memory
+from healthgpt.refusals import compiling, loading, memory
 from healthgpt.training import HealthGPTTrainer
 
 CT = GOLDEN / "images/ct.png"
@@ -78,6 +79,8 @@ def ends(monkeypatch, capsys, tmp_path):
         ("ask study What? -o file/a.csv", "file"),
         ("ask study What? -o loop/a.csv", "loop"),
         ("ask What? --device meta", "meta"),
+        ("ask What? --compile --device cpu", "cpu"),
+        ("draw Draw. -o out.png --compile --device cpu", "cpu"),
         (f"draw Draw. -o {LONG}.png", LONG),
         ("draw loop Draw. -o out.png", "loop"),
         (f"draw Draw. -o out.png --sheet {LONG}.png", LONG),
@@ -329,6 +332,19 @@ def interrupted_at(call, function):
 
 
 TRAIN = ["train", "answers.jsonl", "-c", "nano", "-o", "out", "--batch-size", 1, "--max-steps", 4, "--save-steps", 1]
+
+
+def test_a_machine_without_a_compiler_is_named():
+    compiler = "/nowhere/c++"
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (compiler,)}),
+        pytest.raises(HealthGPTError, match=compiler) as error,
+        compiling(),
+    ):
+        torch.compile(lambda number: number.sin() + 1, dynamic=False)(torch.ones(7))
+    assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="defect"), compiling():
+        raise RuntimeError("defect")
 
 
 def test_ctrl_c_while_training_says_what_is_kept_and_resume_goes_on(ends, monkeypatch):

@@ -68,6 +68,8 @@ def test_export_info_ask_and_draw(healthgpt, tmp_path, checkpoints):
         "token_tables": "generation",
         "default_prompt": "Reconstruct the image.",
         "dropout": 0.0,
+        "follows_input": True,
+        "typical_codes": None,
     }
     assert content["parameters"]["plugin of generation"] == 53504 and content["token_rows"] == 538
     assert "comprehension" in healthgpt("info", folder).stdout

@@ -236,7 +236,8 @@ def split_arguments(arguments: list[str]) -> tuple[list[Path], str]:
 def looks_like_path(text: str) -> bool:
     """
     Whether a text is rather the name of a file or folder than a question: it ends as a file's name does or begins as
-    a path does, or has a separator and neither spaces, nor a mark at its end, nor letters of a script without spaces.
+    a path does, or has a separator or an ending of any kind, and neither spaces, nor a mark at its end, nor letters of a script
+    without spaces.
     """
     from PIL import Image
 
@@ -248,7 +249,7 @@ def looks_like_path(text: str) -> bool:
         return True
     if re.search(r"\s", text) or any(unicodedata.east_asian_width(letter) in "WF" for letter in text):
         return False
-    return re.search(r"[/\\]", text) is not None and unicodedata.category(text[-1]) != "Po"
+    return re.search(r"[/\\]|[^.]\.\w+$", text) is not None and unicodedata.category(text[-1]) != "Po"
 
 
 def same_file(one: Path, other: Path) -> bool:

@@ -15,6 +15,7 @@ from .common import (
     AsJson,
     count_parameters,
     on_terminal,
+    own_name,
     print_json,
     print_result,
     printing,
@@ -176,7 +177,7 @@ def push(
 
 @plugins.command("list")
 def list_plugins(
-    checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="Exported folder.", callback=own_name)],
     as_json: AsJson = False,
 ) -> None:
     """
@@ -188,7 +189,7 @@ def list_plugins(
         from ..hub_export.checkpoint import list_plugins as run
 
         with files(checkpoint):
-            found = run(checkpoint)
+            found = run(Path(checkpoint))
     if as_json:
         print_json(found)
         return
@@ -201,7 +202,7 @@ def list_plugins(
 
 @plugins.command("extract")
 def extract_plugin(
-    checkpoint: Annotated[Path, typer.Argument(help="Exported folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="Exported folder.")],
     task: Annotated[str, typer.Argument(help="Its task.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make for the plugin.")],
     remove: Annotated[bool, typer.Option("--remove", help="Take the task out of the checkpoint.")] = False,
@@ -218,8 +219,10 @@ def extract_plugin(
     with working("Copying the plugin"):
         from ..hub_export.plugins import extract_plugin as run
 
+        if not remove:  # the package's own model stays whole
+            checkpoint = own_name(checkpoint)
         with files(output, "written"):
-            run(checkpoint, task, output, remove, published)
+            run(Path(checkpoint), task, output, remove, published)
     print_result(as_json, printable(str(output)), {"output": str(output), "task": task})
 
 

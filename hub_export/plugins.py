@@ -121,7 +121,7 @@ def require_separate(checkpoint: Path, task: str, config: HealthGPTConfig, weigh
     """
     owned = parts_of_task(config, task).keys()
     files = {weight_map[name] for name in owned}
-    if files != {plugin_file(task)} or read_file(checkpoint / plugin_file(task)).keys() != owned:
+    if files != {plugin_file(task)} or read_file(checkpoint / plugin_file(task)).keys() - owned:
         raise CheckpointError(
             f"Task {task!r} shares its weight file with other parts of {checkpoint} and cannot be taken out of it; only "
             "what `healthgpt export` or `plugin add` wrote has a file for each task."

@@ -61,6 +61,9 @@ def ends(monkeypatch, capsys, tmp_path):
         ("ask chest.heic", "chest.heic"),
         ("ask scan.hdr", "scan.hdr"),
         ("ask scan.mgz", "scan.mgz"),
+        ("ask scan.nii.gz.bak", "scan.nii.gz.bak"),
+        ("ask stack.czi", "stack.czi"),
+        ("ask 1.2.840.10008.1.7", "1.2.840.10008.1.7"),
         ("ask studies/one", "studies/one"),
         ("ask ./one", "./one"),
         ("ask one/", "one/"),
@@ -108,7 +111,7 @@ def ends(monkeypatch, capsys, tmp_path):
         ("export --base full --vision full --comprehension file --output loop", "loop"),
         (f"plugin list {LONG}", LONG),
         (f"plugin extract {LONG} generation -o out", LONG),
-        ("plugin extract nano generation -o full", "nano"),
+        ("plugin extract nano generation -o full --remove", "nano"),
         (f"plugin add full {LONG}", "full"),
         (f"push {LONG} user/name", LONG),
         (f"ui --host {LONG}", LONG),
@@ -179,6 +182,8 @@ QUESTIONS = (
     "T1/T2?",
     "Describe.",
     "Diagnosis",
+    "Diagnosis...",
+    "Describe.Why?",
     "Which formats are better, .png or .jpg?",
     "What does scan.nii.gz show?",
     "Describe the file chest.png.",
@@ -198,6 +203,11 @@ def test_a_question_alone_is_answered_and_nano_is_known_everywhere(ends):
     assert code == 0 and printed.endswith("\n")
     code, printed, _ = ends("info", "nano", "--json")
     assert code == 0 and "comprehension" in json.loads(printed)["tasks"]
+    code, printed, _ = ends("plugin", "list", "nano", "--json")
+    assert code == 0 and "comprehension" in json.loads(printed)
+    assert ends("plugin", "extract", "nano", "generation", "-o", "taken")[0] == 0 and os.path.isdir("taken")
+    code, _, said = ends("plugin", "extract", "nano", "generation", "-o", "taken", "--remove")  # of the package
+    assert code == 1 and "nano does not exist" in said
     os.mkdir("nano")
     assert ends("info", "nano", "--json")[0] == 0
     Path("nano/config.json").write_text('{"model_type": "llama"}')  # a checkpoint of this name goes first

@@ -130,7 +130,7 @@ class HLoRA(nn.Module):
         super().__init__()
         self.num_experts = task.num_experts
         self.scaling = task.alpha / task.rank * task.num_experts
-        self.dropout = nn.Dropout(task.dropout) if task.dropout > 0 else nn.Identity()
+        self.dropout = nn.Dropout(task.dropout)
         self.lora_route = PluginMatrix(in_features, task.num_experts)
         self.lora_A = PluginMatrix(in_features, task.rank)
         self.lora_B = PluginMatrix(task.rank, out_features)

@@ -48,6 +48,7 @@ class Served:
 
     def __init__(self, port):
         model, processor = load_checkpoint(NANO, "cpu", None)
+        model.generation_config.codes_per_pass = 1  # a step for each code
         self.steps = Steps(model)
         self.runner = Runner(model, processor)
         self.page = serve(self.runner, "127.0.0.1", port, with_examples=True)
@@ -187,7 +188,7 @@ def test_a_picture_appears_row_by_row_and_is_the_models(visit, served, tmp_path,
     given = [tmp_path / "given.png"] if sample["input_image"] else []
     for path in given:
         sample["input_image"].save(path)
-    command_line("draw", *given, sample["instruction"], "-o", tmp_path / "line.png")
+    command_line("draw", *given, sample["instruction"], "-o", tmp_path / "line.png", "--codes-per-pass", 1)
     drawn = Image.open(tmp_path / "line.png").tobytes()
     assert Image.open(tmp_path / "page.png").tobytes() == drawn
     expect(page.locator("#slider img")).to_have_count(2 if given else 0)

@@ -79,6 +79,7 @@ def test_answers_and_drawings_grow_into_those_that_are_published(runner, checkpo
 def test_the_rows_of_a_drawing_look_as_they_will_in_the_whole():
     """The decoder sees the rows to come too: what stands for them must not colour those that are written."""
     runner = Runner(*load_checkpoint(NANO, "cpu", None))
+    runner.model.generation_config.codes_per_pass = 1  # a step for each code
     ct, _ = draw_brain_pair(np.random.default_rng(0))
     content = [{"type": "image", "image": ct.picture}, {"type": "text", "text": INSTRUCTIONS["ct_to_mri"]}]
     steps, parts = Steps(runner.model), {}

@@ -19,7 +19,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 class Clock:
-    """A streamer that notes when `generate` brings the prompt, and every token after it."""
+    """
+    A streamer that notes when `generate` brings the prompt, and every token after it. This file stands alone, as it also runs with the
+    package of another checkout.
+    """
 
     def __init__(self):
         self.times = []

@@ -3,7 +3,7 @@
 """Configuration of HealthGPT: one language model, one vision tower, one image tokenizer and any number of tasks."""
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from torch import nn
@@ -42,6 +42,20 @@ def require_codes(codes: list, length: int, num_codes: int, name: str) -> None:
     valid = isinstance(codes, list) and all(type(code) is int and code in range(num_codes) for code in codes)
     if not (valid and len(codes) == length):
         raise HealthGPTError(f"{name} are the {length} codes of an image, whole numbers from 0 to {num_codes - 1}.")
+
+
+def require_setting(owner: str, name: str, value, accepted: str, fits: bool) -> None:
+    """
+    Raises:
+        HealthGPTError: if a setting's value does not fit; the sentence names the setting, what is accepted, and the value.
+    """
+    if not fits:
+        raise HealthGPTError(f"{owner}'s {name} must be {accepted}, got {value!r:.100}.")
+
+
+def is_whole(value, least: int | None = None) -> bool:
+    """Whether a value is a whole number, at least `least` if that is given; truth values are none."""
+    return type(value) is int and (least is None or value >= least)
 
 
 @dataclass
@@ -86,13 +100,25 @@ class TaskConfig:
     def __post_init__(self):
         if self.kind not in ("text", "image"):
             raise HealthGPTError(f"A task's kind is 'text' or 'image', got {self.kind!r}.")
+        for name, accepted, fits in (
+            ("rank", "a whole number", is_whole(self.rank)),
+            ("num_experts", "a whole number", is_whole(self.num_experts)),
+            ("alpha", "a positive number", isinstance(self.alpha, (int, float)) and 0 < self.alpha < float("inf")),
+            ("vision_layer", "a whole number", is_whole(self.vision_layer)),
+            ("default_prompt", "a text or None", isinstance(self.default_prompt, str | None)),
+            (
+                "dropout",
+                "a number from 0 on, less than 1",
+                isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1,
+            ),
+            ("follows_input", "True or False", isinstance(self.follows_input, bool)),
+        ):
+            require_setting("A task", name, getattr(self, name), accepted, fits)
         if self.num_experts < 1 or self.rank < 1 or self.rank % self.num_experts:
             raise HealthGPTError(
                 f"An H-LoRA's rank must be a positive multiple of its number of experts, got rank {self.rank} "
                 f"and {self.num_experts} experts."
             )
-        if not 0 < self.alpha < float("inf"):
-            raise HealthGPTError(f"An H-LoRA's alpha must be a positive number, got {self.alpha}.")
 
 
 class HealthGPTVQGANConfig(PreTrainedConfig):
@@ -113,6 +139,9 @@ class HealthGPTVQGANConfig(PreTrainedConfig):
             every level after the first halves the resolution.
         num_res_blocks (`int`, defaults to 2): Residual blocks per level.
         attention_resolutions (`list[int]`, defaults to `[32]`): Feature map sizes that get self-attention.
+
+    Raises:
+        HealthGPTError: if a value is none that the model can be built with; the sentence names it.
     """
 
     model_type = "healthgpt_vqgan"
@@ -138,10 +167,30 @@ class HealthGPTVQGANConfig(PreTrainedConfig):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.base_channels = base_channels
-        self.channel_multipliers = list(channel_multipliers)
+        self.channel_multipliers = channel_multipliers
         self.num_res_blocks = num_res_blocks
-        self.attention_resolutions = list(attention_resolutions)
+        self.attention_resolutions = attention_resolutions
+        self.validate_shape()
         super().__init__(**kwargs)
+
+    def validate_shape(self) -> None:
+        """
+        Raises:
+            HealthGPTError: if a value is none that the model can be built with.
+        """
+        owner, accepted = "A VQGAN", "a whole number from 1 on"
+        numbers = ("num_codes", "embed_dim", "latent_channels", "resolution", "in_channels", "out_channels")
+        for name in (*numbers, "base_channels", "num_res_blocks"):
+            require_setting(owner, name, getattr(self, name), accepted, is_whole(getattr(self, name), 1))
+        for name in ("channel_multipliers", "attention_resolutions"):
+            value = getattr(self, name)
+            fits = isinstance(value, (list, tuple)) and all(is_whole(number, 1) for number in value)
+            require_setting(owner, name, value, "a list of whole numbers from 1 on", fits)
+            setattr(self, name, list(value))
+        levels = self.channel_multipliers
+        fits = bool(levels) and self.resolution % 2 ** (len(levels) - 1) == 0
+        accepted = f"a list of levels that halve {self.resolution} pixels without a remainder"
+        require_setting(owner, "channel_multipliers", levels, accepted, fits)
 
     @property
     def grid_size(self) -> int:
@@ -190,6 +239,12 @@ class HealthGPTConfig(PreTrainedConfig):
         self.text_config = _sub_config(text_config, default_model_type="phi3")
         self.vision_config = _sub_config(vision_config, default_model_type="clip_vision_model")
         self.vqgan_config = HealthGPTVQGANConfig(**vqgan_config) if isinstance(vqgan_config, dict) else vqgan_config
+        fits = isinstance(self.vqgan_config, HealthGPTVQGANConfig | None)
+        require_setting("A checkpoint", "vqgan_config", vqgan_config, "settings by name or None", fits)
+        require_setting("A checkpoint", "tasks", tasks, "settings of tasks by name", isinstance(tasks, dict | None))
+        ids = {"image_token_id": image_token_id, "image_start_token_id": image_start_token_id}
+        for name, token in (ids | {"image_code_offset": image_code_offset}).items():
+            require_setting("A checkpoint", name, token, "a token's id or None", token is None or is_whole(token, 0))
         self.tasks = {name: _task_config(task) for name, task in (tasks or {}).items()}
         self.image_token_id = image_token_id
         self.image_start_token_id = image_start_token_id
@@ -294,6 +349,8 @@ def task_from_mode(task: str | list[str] | None, generation_mode: str | None) ->
 def _sub_config(config, default_model_type):
     if isinstance(config, PreTrainedConfig):
         return config
+    fits = isinstance(config, dict | None)
+    require_setting("A checkpoint", f"configuration of a {default_model_type} model", config, "settings by name", fits)
     config = dict(config or {})
     return AutoConfig.for_model(config.pop("model_type", default_model_type), **config)
 
@@ -301,9 +358,13 @@ def _sub_config(config, default_model_type):
 def _task_config(task):
     if isinstance(task, TaskConfig):
         return task
+    require_setting("A checkpoint", "task", task, "settings by name", isinstance(task, dict))
     unknown = set(task) - {field.name for field in fields(TaskConfig)}
     if unknown:
         raise HealthGPTError(f"A task has no setting {', '.join(sorted(unknown))}.")
+    lacking = [field.name for field in fields(TaskConfig) if field.default is MISSING and field.name not in task]
+    if lacking:
+        raise HealthGPTError(f"A task lacks the setting {', '.join(lacking)}.")
     return TaskConfig(**task)
 
 

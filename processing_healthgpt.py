@@ -12,7 +12,14 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
-from .configuration_healthgpt import CODE_VERSION, is_pointer, require_code_version, task_from_mode
+from .configuration_healthgpt import (
+    CODE_VERSION,
+    is_pointer,
+    is_whole,
+    require_code_version,
+    require_setting,
+    task_from_mode,
+)
 from .errors_healthgpt import HealthGPTError
 from .images_healthgpt import channels_last, check_pixels, check_size, flatten, is_floats, load_picture, reading
 
@@ -53,7 +60,7 @@ class HealthGPTProcessor(ProcessorMixin):
         code_version (`int`, defaults to this code's): As in [`HealthGPTConfig`].
 
     Raises:
-        HealthGPTError: if the checkpoint was written with newer code.
+        HealthGPTError: if a setting is not of its kind, or the checkpoint was written with newer code.
     """
 
     valid_processor_kwargs = HealthGPTProcessorKwargs
@@ -77,6 +84,12 @@ class HealthGPTProcessor(ProcessorMixin):
             settings = image_processor.to_dict()
             settings.pop("image_processor_type", None)
             image_processor = CLIPImageProcessorPil(**settings)
+        require_tasks(tasks or {})
+        fits = is_whole(num_image_patches, 1)
+        require_setting("A processor", "num_image_patches", num_image_patches, "a whole number from 1 on", fits)
+        require_setting("A processor", "prefix_space", prefix_space, "True or False", isinstance(prefix_space, bool))
+        fits = picture_size is None or is_whole(picture_size, 1)
+        require_setting("A processor", "picture_size", picture_size, "a number of pixels or None", fits)
         self.tasks = dict(tasks or {})
         self.num_image_patches = num_image_patches
         self.prefix_space = prefix_space
@@ -298,9 +311,9 @@ class HealthGPTProcessor(ProcessorMixin):
             if default_prompt is None or not pictures:
                 raise HealthGPTError(f"The last message has no text, which task {task!r} needs.")
             tokenizer = self.tokenizer.backend_tokenizer
-            if not isinstance(default_prompt, str) or reserved_token(tokenizer, default_prompt) is not None:
+            if reserved_token(tokenizer, default_prompt) is not None:
                 raise HealthGPTError(
-                    f"The default prompt of task {task!r} is no text without special tokens, but {default_prompt!r:.100}: "
+                    f"The default prompt of task {task!r} has special tokens, {default_prompt!r:.100}: "
                     "give a text of your own."
                 )
             last["content"] = [*pictures, {"type": "text", "text": default_prompt}]
@@ -458,6 +471,20 @@ def _before_edits(offsets, edits):
         return position - gained
 
     return [(before(start, False), before(end, True)) for start, end in offsets]
+
+
+def require_tasks(tasks: dict[str, dict]) -> None:
+    """
+    Raises:
+        HealthGPTError: if they are not the settings of tasks by name, as a processor knows them.
+    """
+    fits = isinstance(tasks, dict) and all(isinstance(task, dict) for task in tasks.values())
+    require_setting("A processor", "tasks", tasks, "settings of every task by its name", fits)
+    for name, task in tasks.items():
+        kind, prompt = task.get("kind"), task.get("default_prompt")
+        require_setting(f"Task {name!r:.100}", "kind", kind, "'text' or 'image'", kind in ("text", "image"))
+        fits = prompt is None or isinstance(prompt, str)
+        require_setting(f"Task {name!r:.100}", "default_prompt", prompt, "a text or None", fits)
 
 
 __all__ = ["HealthGPTProcessor"]

@@ -3,7 +3,9 @@ What users, their files, machines and networks do to the package, as sentences: 
 one such cause into a [`HealthGPTError`], and lets everything else, which is a mistake of programming, pass.
 """
 
+import re
 import tempfile
+import traceback
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui", "bitsandbytes": "quantization
 
 # In errors that are no OSErrors: safetensors and torch.save on a full disk, and pathlib before Python 3.13.
 REFUSED = ("I/O error", "PytorchStreamWriter", "inline_container", "Symlink loop")
+
+HUB_FILE = re.compile(r"(_healthgpt|(^|\.)vqgan_decoder)$")  # modules that travel with checkpoints
 
 TOO_LITTLE_MEMORY = (
     "The device has too little memory for this: give fewer images, a smaller batch, or load a quantised checkpoint."
@@ -89,6 +93,17 @@ def temporary_folder() -> Iterator[str]:
         yield path
 
 
+def is_defect(error: BaseException) -> bool:
+    """
+    Whether an error comes out of the code that travels with checkpoints: that says of bad input what is wrong with it, so that
+    whatever else it raises, and the operating system does not, is its own mistake. Of a checkpoint's damaged parts the libraries
+    raise every type there is.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    travels = HUB_FILE.search(frame.f_globals.get("__name__", "")) is not None
+    return travels and not isinstance(error, (HealthGPTError, OSError))
+
+
 @contextmanager
 def loading(checkpoint: str | Path) -> Iterator[None]:
     """
@@ -97,7 +112,6 @@ def loading(checkpoint: str | Path) -> Iterator[None]:
     Raises:
         HealthGPTError: if a part is missing or damaged, or the Hub refuses or cannot be reached.
     """
-    from huggingface_hub.errors import HTTPError, StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -106,15 +120,13 @@ def loading(checkpoint: str | Path) -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise HealthGPTError(f"The weights of {checkpoint} are damaged: {reason_of(error)}.") from error
-    except KeyError as error:
-        raise HealthGPTError(f"{checkpoint} cannot be loaded: it lacks the entry {error}.") from error
-    except (OSError, ValueError, HTTPError, StrictDataclassError) as error:
-        raise HealthGPTError(f"{checkpoint} cannot be loaded: {reason_of(error)}.") from error
     except Exception as error:
-        if type(error) is not Exception:
+        if is_defect(error):
             raise
-        # tokenizers raises no other type for a file that is damaged.
-        raise HealthGPTError(f"The tokenizer of {checkpoint} is damaged: {reason_of(error)}.") from error
+        if type(error) is Exception:  # tokenizers raises no other type for a file that is damaged
+            raise HealthGPTError(f"The tokenizer of {checkpoint} is damaged: {reason_of(error)}.") from error
+        reason = f"it lacks the entry {error}" if isinstance(error, KeyError) else reason_of(error)
+        raise HealthGPTError(f"{checkpoint} cannot be loaded: {reason}.") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors_healthgpt import HealthGPTError
+from ..refusals import is_defect, reason_of
 
 INDEX_NAME = "model.safetensors.index.json"
 # What transformers reads of a checkpoint besides weights, code and chat templates.
@@ -30,8 +31,8 @@ class CheckpointError(HealthGPTError):
 @contextmanager
 def reading(origin: str | Path):
     """
-    Turns whatever is raised over the content of a file into one sentence that names the file. What does not depend on the content
-    belongs outside, where a mistake of programming stays a traceback.
+    Turns whatever is raised over the content of a file into one sentence that names the file, except what [`is_defect`] tells to
+    be a mistake of programming. What does not depend on the content belongs outside, where every such mistake stays a traceback.
 
     Raises:
         CheckpointError: for any error.
@@ -40,10 +41,10 @@ def reading(origin: str | Path):
         yield
     except CheckpointError:
         raise
-    except KeyError as error:
-        raise CheckpointError(f"{origin} cannot be used: it lacks the entry {error}.") from error
     except Exception as error:  # configuration classes, parsers and torch raise a dozen types
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if is_defect(error):
+            raise
+        reason = f"it lacks the entry {error}" if isinstance(error, KeyError) else reason_of(error)
         raise CheckpointError(f"{origin} cannot be used: {reason}.") from error
 
 

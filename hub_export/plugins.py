@@ -295,12 +295,10 @@ def require_fitting(
 def require_plain_prompt(plugin: Path, checkpoint: Path, task: TaskConfig) -> None:
     """
     Raises:
-        CheckpointError: if a plugin's default prompt is not text, or has a special token of the checkpoint's vocabulary.
+        CheckpointError: if a plugin's default prompt has a special token of the checkpoint's vocabulary.
     """
     if task.default_prompt is None:
         return
-    if not isinstance(task.default_prompt, str):
-        raise CheckpointError(f"The default_prompt of {plugin} must be a text, got {task.default_prompt!r:.100}.")
     file = inside(checkpoint, "tokenizer.json", checkpoint)
     require_no_pointer(file)
     with reading(file):

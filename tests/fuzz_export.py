@@ -1,8 +1,9 @@
 """
 Exports the golden M3 from randomly spoilt files and counts what happens: `python tests/fuzz_export.py SEED COUNT`.
 
-Of ten seeds seven spoil what files hold, one where the files of the sources lead, and two an exported checkpoint and a plugin on which
-the plugin commands then run. Next to them is a folder that nobody may touch: it stays as it was, and what it holds gets nowhere.
+Of ten seeds six spoil what files hold, one where the files of the sources lead, one a setting of an exported checkpoint that is then
+loaded, and two such a checkpoint and a plugin on which the plugin commands then run. Next to them is a folder that nobody may touch:
+it stays as it was, and what it holds gets nowhere.
 
 Each spoilt export must end in one of three ways: one clear sentence and nothing written; the same checkpoint as from the
 files in order (a byte was hit that nobody reads); or, where a file format has no checksum, a checkpoint that holds exactly the
@@ -25,6 +26,8 @@ import torch
 from conftest import GOLDEN, sources_of, weights_of
 from safetensors.torch import load_file, save_file
 
+from healthgpt.app.common import load
+from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.hub_export import CheckpointError, export, push
 from healthgpt.hub_export.checkpoint import list_plugins
 from healthgpt.hub_export.plugins import add_plugin, extract_plugin
@@ -33,6 +36,7 @@ FILES = ["base/model.safetensors", "vit/model.safetensors", "com_hlora_weights.b
 FILES += ["fusion_layer_weights.bin", "vqgan/last.ckpt"]
 SETTINGS = ["base/config.json", "base/tokenizer_config.json", "vit/config.json", "vit/preprocessor_config.json"]
 SETTINGS += ["vqgan/model.yaml", "base/tokenizer.model"]
+SETTINGS_OF_CHECKPOINTS = ["generation_config.json", "processor_config.json", "tokenizer_config.json"]
 
 
 class Attack:
@@ -331,6 +335,43 @@ def spoil_and_change(number, exported):
     return kind, outcomes
 
 
+def places(content, place=()):
+    """The way to every value of a JSON file."""
+    if place:
+        yield place
+    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in pairs:
+        yield from places(value, (*place, key))
+
+
+VALUES = [None, -1, 0, 1, 7, 3.5, 1e30, 2**40, float("nan"), True, "", "abc", [], [1], ["a"], {}, {"a": 1}]
+
+
+def spoil_and_load(number, exported):
+    """One value of a checkpoint's settings is another or gone: loading it is refused in a sentence, or works."""
+    dice = random.Random(number)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        shutil.copytree(exported, checkpoint)
+        name = dice.choice(["config.json", "config.json", "config.json", *SETTINGS_OF_CHECKPOINTS])
+        content = json.loads((checkpoint / name).read_text())
+        *way, key = dice.choice(list(places(content)))
+        node = content
+        for step in way:
+            node = node[step]
+        if isinstance(node, dict) and dice.random() < 0.3:
+            del node[key]
+        else:
+            node[key] = dice.choice(VALUES)
+        (checkpoint / name).write_text(json.dumps(content))
+        try:
+            load(str(checkpoint), "cpu", None)
+        except HealthGPTError as error:
+            assert "\n" not in str(error), (number, str(error))
+            return "setting", "refused"
+        return "setting", "loaded"
+
+
 def main(seed, count):
     outcomes = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -342,8 +383,8 @@ def main(seed, count):
                 if number % 10 in (5, 6):
                     corruption, ended = spoil_and_change(number, exported)
                 else:
-                    spoil = lead_elsewhere_and_export if number % 10 == 7 else spoil_and_export
-                    corruption, outcome = spoil(number, clean)
+                    spoil = {4: spoil_and_load, 7: lead_elsewhere_and_export}.get(number % 10, spoil_and_export)
+                    corruption, outcome = spoil(number, exported if spoil is spoil_and_load else clean)
                     ended = [outcome]
             except BaseException:
                 print(f"seed {number} leads here:")

@@ -256,7 +256,7 @@ def test_messages_and_their_parts_may_be_objects_with_attributes(processor, make
             processor.apply_chat_template([wrong])
 
 
-@pytest.mark.parametrize("prompt", ["x<|end|>", "See <image>.", "<start_index>", ["x"], 5])
+@pytest.mark.parametrize("prompt", ["x<|end|>", "See <image>.", "<start_index>"])
 def test_a_default_prompt_with_special_tokens_is_refused(checkpoints, tmp_path, prompt):
     shutil.copytree(checkpoints("m3").folder, tmp_path / "hostile")
     file = tmp_path / "hostile/processor_config.json"
@@ -269,6 +269,25 @@ def test_a_default_prompt_with_special_tokens_is_refused(checkpoints, tmp_path, 
     assert "Draw." in processor.apply_chat_template(
         chat(PICTURE, {"type": "text", "text": "Draw."}), task="generation"
     )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("tasks", 3.5),
+        ("tasks", {"comprehension": 1}),
+        ("tasks", {"comprehension": {"kind": "sound"}}),
+        ("tasks", {"comprehension": {"kind": "text", "default_prompt": ["x"]}}),
+        ("num_image_patches", 0),
+        ("prefix_space", "no"),
+        ("picture_size", 2.5),
+    ],
+)
+def test_a_setting_of_a_wrong_kind_is_named(checkpoints, setting, value):
+    m3 = HealthGPTProcessor.from_pretrained(checkpoints("m3").folder)
+    name = "default_prompt" if "default_prompt" in repr(value) else "kind" if "kind" in repr(value) else setting
+    with pytest.raises(HealthGPTError, match=name):
+        HealthGPTProcessor(m3.image_processor, m3.tokenizer, **{setting: value})
 
 
 @pytest.mark.parametrize("name", FILES)

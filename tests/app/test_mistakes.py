@@ -13,12 +13,16 @@ import torch
 from conftest import GOLDEN, full_disk
 from PIL import Image
 
+from healthgpt import HealthGPTConfig
 from healthgpt.app.cli import main
 from healthgpt.app.common import NANO, split_arguments
+from healthgpt.configuration_healthgpt import TaskConfig
 from healthgpt.errors_healthgpt import HealthGPTError
 from healthgpt.evaluation import answers as evaluation_answers
 from healthgpt.hub_export import merge
+from healthgpt.hub_export.confine import reading
 from healthgpt.locks import alone
+from healthgpt.modeling_healthgpt import group_by_task
 from healthgpt.refusals import compiling, loading, memory
 from healthgpt.training import HealthGPTTrainer
 
@@ -253,6 +257,14 @@ def test_the_bars_of_a_terminal_take_no_name_for_markup(ends, monkeypatch, tmp_p
     [
         ("config.json", "[1]"),
         ("config.json", '{"model_type": "healthgpt", "text_config": 3}'),
+        ("config.json", '{"model_type": "healthgpt", "text_config": {"hidden_size": "a"}}'),
+        ("config.json", '{"model_type": "healthgpt", "vqgan_config": {"embed_dim": []}}'),
+        ("config.json", '{"model_type": "healthgpt", "tasks": [1]}'),
+        ("config.json", '{"model_type": "healthgpt", "image_code_offset": ""}'),
+        ("processor_config.json", '{"tasks": 3.5}'),
+        ("processor_config.json", '{"tasks": {"comprehension": {"kind": 1}}}'),
+        ("processor_config.json", '{"image_processor": {"crop_size": [1]}}'),
+        ("processor_config.json", '{"image_processor": {"image_processor_type": 7}}'),
         ("processor_config.json", "[1]"),
         ("processor_config.json", None),
         ("tokenizer.json", "[1]"),
@@ -313,13 +325,8 @@ def test_a_mistake_of_programming_is_raised(defect, ends, monkeypatch):
 
 
 def test_only_what_users_can_do_about_it_becomes_a_sentence():
-    for error, context in (
-        (TypeError("a defect"), loading("checkpoint")),
-        (AttributeError("a defect"), loading("checkpoint")),
-        (RuntimeError("a defect"), memory()),
-    ):
-        with pytest.raises(type(error), match="a defect"), context:
-            raise error
+    with pytest.raises(RuntimeError, match="a defect"), memory():
+        raise RuntimeError("a defect")
     for error, context in (
         (Exception("expected value at line 1"), loading("checkpoint")),  # as tokenizers raises it
         (MemoryError(), memory()),
@@ -327,6 +334,18 @@ def test_only_what_users_can_do_about_it_becomes_a_sentence():
     ):
         with pytest.raises(HealthGPTError), context:
             raise error
+
+
+@pytest.mark.parametrize("context", [loading, reading])
+def test_errors_of_the_code_of_checkpoints_are_no_damage_of_one(context):
+    task = TaskConfig("text", 4, 8.0, 2, -2)
+    with pytest.raises(AttributeError), context("checkpoint"):
+        HealthGPTConfig.validate_task(None, "new", task)
+    with pytest.raises(TypeError), context("checkpoint"):
+        group_by_task(None, torch.device("cpu"))
+    for damage in (lambda: torch.nn.Conv2d(1, "a", 3), lambda: {}["weight_map"], lambda: Path("nowhere").stat()):
+        with pytest.raises(HealthGPTError, match=r"^checkpoint cannot be (loaded|used): "), context("checkpoint"):
+            damage()
 
 
 def interrupted_at(call, function):

@@ -184,7 +184,7 @@ def test_a_progress_bar_is_shown(healthgpt, pairs, checkpoints, tmp_path):
     [
         (("--epochs", "0"), "--epochs is a number above 0, not 0.0"),
         (("--epochs", "inf"), "--epochs is a number above 0, not inf"),
-        (("--task", "new", "--kind", "image", "--alpha", "nan"), "H-LoRA's alpha must be a positive number, got nan"),
+        (("--task", "new", "--kind", "image", "--alpha", "nan"), "A task's alpha must be a positive number, got nan"),
         (
             ("--dtype", "float16", "--device", "cpu", "--stage", "fusion"),
             "float16 is trained on a GPU only: on the CPU choose bfloat16",

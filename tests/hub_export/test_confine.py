@@ -204,7 +204,7 @@ def test_a_default_prompt_has_no_special_tokens(folder, tmp_path, prompt):
     task = json.loads(config.read_text())["task"]
     change(config, task=task | {"default_prompt": prompt})
     before = state(folder)
-    with pytest.raises(CheckpointError, match=r"default_prompt of .*plugin (has <|must be a text)"):
+    with pytest.raises(CheckpointError, match=r"default_prompt (of .*plugin has <|must be a text)"):
         add_plugin(folder, tmp_path / "plugin", name="other")
     assert state(folder) == before
     change(config, task=task | {"default_prompt": "Is 1 < 2 in this <x> image?"})

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import weights_of
-from fuzz_export import lead_elsewhere_and_export, spoil_and_change, spoil_and_export
+from fuzz_export import lead_elsewhere_and_export, spoil_and_change, spoil_and_export, spoil_and_load
 
 CASES = {
     "change_tensors": {"refused": [0, 9, 11, 24, 25], "identical": [12], "faithful": [65]},
@@ -36,3 +36,8 @@ def test_sources_that_lead_elsewhere_are_refused(checkpoints, seed):
 @pytest.mark.parametrize("seed", range(12))
 def test_plugin_commands_on_what_is_spoilt_touch_nothing_else(checkpoints, seed):
     spoil_and_change(seed, checkpoints("m3").folder)
+
+
+@pytest.mark.parametrize("seed, outcome", [(3, "refused"), (4, "loaded"), (7, "refused"), (10, "refused")])
+def test_a_spoilt_setting_is_refused_or_does_no_harm(checkpoints, seed, outcome):
+    assert spoil_and_load(seed, checkpoints("m3").folder) == ("setting", outcome)

@@ -128,7 +128,7 @@ def test_alphas_that_mean_nothing(files, alpha):
     refused(
         replace(sources, comprehension_alpha=alpha),
         output,
-        "com_hlora_weights.bin cannot be used: An H-LoRA's alpha must be a positive number",
+        "com_hlora_weights.bin cannot be used: A task's alpha must be a positive number",
     )
 
 

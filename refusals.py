@@ -116,7 +116,7 @@ def loading(checkpoint: str | Path) -> Iterator[None]:
 
     try:
         yield
-    except HealthGPTError:
+    except (HealthGPTError, ImportError):
         raise
     except SafetensorError as error:
         raise HealthGPTError(f"The weights of {checkpoint} are damaged: {reason_of(error)}.") from error

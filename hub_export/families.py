@@ -118,11 +118,9 @@ def _sentencepiece(path, unk_token):
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.")
     require_no_pointer(path)
-    try:
+    with reading(path):  # pieces of a damaged model, and what is said of it, need not be UTF-8
         model = SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{path} is no SentencePiece model: {error}.") from error
-    pieces = {model.id_to_piece(index): index for index in range(len(model))}
+        pieces = {model.id_to_piece(index): index for index in range(len(model))}
     ranked = []
     for piece, index in pieces.items():
         for cut in range(1, len(piece)):

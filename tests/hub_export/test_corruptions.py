@@ -6,7 +6,7 @@ from fuzz_export import lead_elsewhere_and_export, spoil_and_change, spoil_and_e
 
 CASES = {
     "change_tensors": {"refused": [0, 9, 11, 24, 25], "identical": [12], "faithful": [65]},
-    "flip": {"refused": [14, 19, 28, 68], "faithful": [2]},
+    "flip": {"refused": [14, 19, 28, 68, 728], "faithful": [2]},
     "flip_in_the_head": {"refused": [1, 3, 4], "identical": [114], "faithful": [15]},
     "splice": {"refused": [5, 29, 30, 33], "identical": [17], "faithful": [6]},
     "truncate": {"refused": [7, 13, 8, 88]},

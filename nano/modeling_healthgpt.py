@@ -34,7 +34,7 @@ from .configuration_healthgpt import HealthGPTConfig, TaskConfig, is_pointer, ta
 from .drafting_healthgpt import CACHE_NAME
 from .errors_healthgpt import HealthGPTError
 from .generation_healthgpt import HealthGPTGenerationMixin
-from .precision_healthgpt import compute
+from .precision_healthgpt import call_linear, compute, is_widened, linear
 from .quantization_healthgpt import UnquantizedLinear, keep_scales, keep_unquantized, require_kernel
 from .vqgan_decoder import HealthGPTVQGAN
 
@@ -117,6 +117,8 @@ class PluginMatrix(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, hidden_states):
+        if is_widened(hidden_states, self.weight):
+            return linear(hidden_states, self.weight)
         return torch.mm(hidden_states, self.weight.t())
 
     def extra_repr(self):
@@ -174,7 +176,7 @@ class HLoRALinear(nn.Module):
         )
 
     def forward(self, hidden_states):
-        output = self.base_layer(hidden_states)
+        output = call_linear(self.base_layer, hidden_states)
         for task, rows in _routing.groups:
             plugin = self.plugins[task]
             if rows is None:

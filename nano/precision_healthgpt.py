@@ -5,11 +5,13 @@ The dtype that a part is computed in, where that is not the dtype of its weights
 
 A processor without instructions for bfloat16 or float16 takes many times as long for products and convolutions in them as in
 float32. Parts that run once per image (vision tower, projectors, VQGAN) are computed in float32 there: their weights are
-widened for the duration of a call and stay as they are.
+widened for the duration of a call and stay as they are. So are linears of the language model in passes over many tokens, a few
+rows of their weights at a time.
 """
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 def dtypes_with_instructions() -> set[torch.dtype]:
@@ -30,6 +32,8 @@ def dtypes_with_instructions() -> set[torch.dtype]:
 
 
 CPU_DTYPES = dtypes_with_instructions()
+ROWS = 256  # of a weight that are widened at a time: they stay in the processor's cache
+FEWEST_TOKENS = 16  # from which on the products gain more than widening costs
 
 
 def compute(module: nn.Module, inputs: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -53,3 +57,40 @@ def compute(module: nn.Module, inputs: torch.Tensor, **kwargs) -> torch.Tensor:
         return module(inputs.to(dtype), **kwargs)
     widened = {name: weight.float() for name, weight in weights.items()}
     return torch.func.functional_call(module, widened, (inputs.float(),), kwargs)
+
+
+def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The product of a linear. Over many tokens, where this processor has no instructions for the dtype, it is computed in float32
+    and rounded once. Where gradients are wanted it is torch's own product.
+
+    Args:
+        inputs (`torch.Tensor` of shape `(..., in_features)`): Inputs in the dtype of the weight.
+        weight (`torch.Tensor` of shape `(out_features, in_features)`): The weight.
+        bias (`torch.Tensor` of shape `(out_features,)`, *optional*): Added to the product.
+
+    Returns:
+        `torch.Tensor` of shape `(..., out_features)`: The product, in the dtype of the inputs.
+    """
+    if not is_widened(inputs, weight):
+        return functional.linear(inputs, weight, bias)
+    wide, weights = inputs.float(), weight.split(ROWS)
+    biases = [None] * len(weights) if bias is None else bias.float().split(ROWS)
+    parts = [functional.linear(wide, rows.float(), added) for rows, added in zip(weights, biases, strict=True)]
+    return torch.cat([part.to(inputs.dtype) for part in parts], dim=-1)
+
+
+def is_widened(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether [`linear`] computes a product in float32."""
+    many = inputs.numel() >= FEWEST_TOKENS * inputs.shape[-1]
+    if not many or inputs.dtype in CPU_DTYPES or inputs.dtype != weight.dtype or weight.device.type != "cpu":
+        return False
+    return not (torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad))
+
+
+def call_linear(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Calls a linear, by [`linear`] where that gains something and nothing hangs on the module's calls."""
+    plain = type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+    if plain and "forward" not in vars(module) and is_widened(inputs, module.weight):
+        return linear(inputs, module.weight, module.bias)
+    return module(inputs)

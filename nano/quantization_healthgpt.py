@@ -8,6 +8,7 @@ from torch import nn
 from transformers.quantizers import AutoQuantizationConfig
 
 from .errors_healthgpt import HealthGPTError
+from .precision_healthgpt import linear
 
 
 class UnquantizedLinear(nn.Linear):
@@ -16,6 +17,9 @@ class UnquantizedLinear(nn.Linear):
 
     Projectors, heads and the vision tower are small or sensitive; only the language model's own linears stay plain.
     """
+
+    def forward(self, input):
+        return linear(input, self.weight, self.bias)
 
 
 # The same for other quantisers, which take subclasses too: names as their `modules_to_not_convert` understands them.

@@ -10,6 +10,7 @@ import torch
 from conftest import inputs_of
 
 from healthgpt import HealthGPTForConditionalGeneration, HealthGPTProcessor, precision_healthgpt
+from healthgpt.precision_healthgpt import call_linear
 
 NOTHING_BUT_FLOAT32 = frozenset({torch.float32})
 
@@ -59,3 +60,63 @@ def test_a_processor_with_avx2_alone_has_no_instructions_for_half_precision():
         timeout=300,
     )
     assert result.stdout == "['torch.float32', 'torch.float64']\n", result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_features", [5, 256, 600])
+def test_linears_over_many_tokens_are_rounded_once(dtype, out_features, monkeypatch):
+    monkeypatch.setattr(precision_healthgpt, "CPU_DTYPES", NOTHING_BUT_FLOAT32)
+    torch.manual_seed(0)
+    module = torch.nn.Linear(300, out_features).to(dtype)
+    with torch.no_grad():
+        for shape in ((16, 300), (3, 40, 300), (2, 2, 5, 300)):
+            inputs = torch.randn(shape).to(dtype)
+            product = call_linear(module, inputs)
+            exact = inputs.double() @ module.weight.double().t() + module.bias.double()
+            assert product.dtype == dtype and product.shape == exact.shape
+            half_a_unit = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5
+            assert ((product.double() - exact).abs() <= half_a_unit).all()
+            few = inputs.reshape(-1, 300)[:15]
+            assert torch.equal(call_linear(module, few), module(few))
+
+
+def test_a_linear_that_something_hangs_on_is_called(monkeypatch):
+    monkeypatch.setattr(precision_healthgpt, "CPU_DTYPES", NOTHING_BUT_FLOAT32)
+    module, inputs, calls = torch.nn.Linear(8, 8).bfloat16(), torch.randn(32, 8).bfloat16(), []
+    handle = module.register_forward_hook(lambda *call: calls.append(call))
+    call_linear(module, inputs)
+    handle.remove()
+    assert len(calls) == 1
+    call_linear(module, inputs).sum().backward()  # wanted gradients are torch's own
+    assert module.weight.grad.shape == (8, 8)
+
+
+def test_a_prompt_in_bfloat16_is_as_near_to_float32(checkpoints, monkeypatch):
+    checkpoint = checkpoints("m3")
+    model = HealthGPTForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=torch.bfloat16)
+    wide = HealthGPTForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=torch.bfloat16).float()
+    ids = torch.arange(1, 61).reshape(2, 30)
+    products = []
+    monkeypatch.setattr(precision_healthgpt.functional, "linear", spy(products, precision_healthgpt.functional.linear))
+    with torch.no_grad():
+        expected = wide(input_ids=ids, task=["comprehension", "generation"]).logits
+        errors, widened = [], []
+        for dtypes in (NOTHING_BUT_FLOAT32 | {torch.bfloat16}, NOTHING_BUT_FLOAT32):
+            monkeypatch.setattr(precision_healthgpt, "CPU_DTYPES", dtypes)
+            products.clear()
+            logits = model(input_ids=ids, task=["comprehension", "generation"]).logits
+            assert logits.dtype == torch.bfloat16
+            seen = torch.isfinite(expected) & torch.isfinite(logits)
+            errors.append((logits.float() - expected)[seen].pow(2).mean())
+            widened.append(torch.float32 in products)
+    assert widened == [False, True] and errors[1] < 1.2 * errors[0]
+
+
+def spy(products, function):
+    """The function, which notes the dtype of what it multiplies."""
+
+    def multiply(inputs, *rest):
+        products.append(inputs.dtype)
+        return function(inputs, *rest)
+
+    return multiply

@@ -23,7 +23,13 @@ EXTRA_OF |= {
     "pydicom": "dicom",
     "nibabel": "dicom",
 }
-EXTRA_OF |= {"matplotlib": "plot", "gradio": "ui", "bitsandbytes": "quantization", "torchao": "torchao"}
+EXTRA_OF |= {
+    "matplotlib": "plot",
+    "gradio": "ui",
+    "bitsandbytes": "quantization",
+    "openvino": "openvino",
+    "torchao": "torchao",
+}
 
 # In errors that are no OSErrors: safetensors and torch.save on a full disk, and pathlib before Python 3.13.
 REFUSED = ("I/O error", "PytorchStreamWriter", "inline_container", "Symlink loop")

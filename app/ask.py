@@ -23,6 +23,7 @@ from .common import (
     Dtype,
     Frame,
     MaxNewTokens,
+    OpenVINO,
     bars,
     cache_options,
     load,
@@ -51,6 +52,7 @@ def ask(
     device: Device = None,
     dtype: Dtype = None,
     compile_model: Compile = False,
+    openvino: OpenVINO = False,
 ) -> None:
     """
     Answers a question about pictures, about every picture of a folder, or about nothing but the question.
@@ -95,7 +97,7 @@ def ask(
         known = len(table.done)
     else:
         pictures = open_all(paths, frame)
-    model, processor = load(checkpoint, device, dtype, task)
+    model, processor = load(checkpoint, device, dtype, task, openvino=openvino)
     options |= cache_options(model, compile_model)
     if folders:
         with stoppable(

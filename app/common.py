@@ -68,17 +68,40 @@ Compile = Annotated[
     bool,
     typer.Option("--compile", help="Compile the model for a GPU: takes about a minute, so it is for many images."),
 ]
+OpenVINO = Annotated[
+    bool,
+    typer.Option(
+        "--openvino",
+        help="Run the language model in 8 bits by OpenVINO: the fastest on a CPU, after some seconds more of loading.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def load(checkpoint: str, device: str | None, dtype: str | None, task: str | None = None, kind: str = "text"):
+LARGE = 10**9  # weights
+
+
+def load(
+    checkpoint: str,
+    device: str | None,
+    dtype: str | None,
+    task: str | None = None,
+    kind: str = "text",
+    openvino: bool = False,
+):
     """
-    Model and processor of a checkpoint, as a Python user loads them.
+    Model and processor of a checkpoint, as a Python user loads them, or with its linears given to OpenVINO.
 
     Raises:
         HealthGPTError: if there is none, a part of it is missing or damaged, it does not fit this machine, or it has no such task
             of this kind.
     """
+    if openvino:
+        if device not in (None, "cpu"):
+            raise HealthGPTError(f"--openvino is for the CPU, and --device is {device}: leave one of them out.")
+        if importlib.util.find_spec("openvino") is None:
+            raise HealthGPTError(f"--openvino needs openvino: pip install healthgpt[{EXTRA_OF['openvino']}].")
+        device = "cpu"
     with loading(checkpoint), memory(), extras():
         model, processor = load_parts(checkpoint, device, dtype, task, kind)
     tokenizer = getattr(
@@ -87,7 +110,25 @@ def load(checkpoint: str, device: str | None, dtype: str | None, task: str | Non
     if tokenizer is None or tokenizer.pad_token is None:
         name = "processor" if tokenizer is None else "tokenizer"
         raise HealthGPTError(f"{checkpoint} cannot be loaded: its {name}_config.json is missing or incomplete.")
+    if openvino:
+        from ..openvino_linears import use_openvino
+
+        with working("Giving OpenVINO the model"), memory():
+            use_openvino(model)
     return model, processor
+
+
+def recommend_openvino(model) -> None:
+    """Says what would be faster for a large model where the processor has no instructions for its dtype."""
+    from ..precision_healthgpt import CPU_DTYPES
+
+    is_slow = model.device.type == "cpu" and model.dtype not in CPU_DTYPES
+    if is_slow and model.num_parameters() >= LARGE:
+        typer.echo(
+            f"This processor has no instructions for {str(model.dtype).removeprefix('torch.')}: --openvino is faster here "
+            f"(pip install healthgpt[{EXTRA_OF['openvino']}]).",
+            err=True,
+        )
 
 
 def load_parts(checkpoint: str, device: str | None, dtype: str | None, task: str | None, kind: str):

@@ -18,11 +18,13 @@ from .common import (
     Device,
     Dtype,
     Frame,
+    OpenVINO,
     bars,
     cache_options,
     load,
     open_all,
     print_result,
+    recommend_openvino,
     same_file,
     split_arguments,
     working,
@@ -62,6 +64,7 @@ def draw(
     device: Device = None,
     dtype: Dtype = None,
     compile_model: Compile = False,
+    openvino: OpenVINO = False,
 ) -> None:
     """
     Draws one picture from an instruction and, if given, pictures.
@@ -88,7 +91,8 @@ def draw(
     if sheet is not None:
         drawn = pictures[0] if keep_aspect_ratio else Image.new("RGB", (1, 1))  # models draw squares
         require_picture_path(sheet, sheet_size([*pictures, drawn]))
-    model, processor = load(checkpoint, device, dtype, task, "image")
+    model, processor = load(checkpoint, device, dtype, task, "image", openvino)
+    recommend_openvino(model)
     import torch
 
     from .streamers import CodeCounter

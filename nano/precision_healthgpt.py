@@ -32,7 +32,7 @@ def dtypes_with_instructions() -> set[torch.dtype]:
 
 
 CPU_DTYPES = dtypes_with_instructions()
-ROWS = 256  # of a weight that are widened at a time: they stay in the processor's cache
+BLOCK = 2**20  # weights that are widened at a time: they stay in the processor's cache
 FEWEST_TOKENS = 16  # from which on the products gain more than widening costs
 
 
@@ -74,9 +74,10 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """
     if not is_widened(inputs, weight):
         return functional.linear(inputs, weight, bias)
-    wide, weights = inputs.float(), weight.split(ROWS)
-    biases = [None] * len(weights) if bias is None else bias.float().split(ROWS)
-    parts = [functional.linear(wide, rows.float(), added) for rows, added in zip(weights, biases, strict=True)]
+    rows = max(1, BLOCK // weight.shape[1])
+    wide, weights = inputs.float(), weight.split(rows)
+    biases = [None] * len(weights) if bias is None else bias.float().split(rows)
+    parts = [functional.linear(wide, part.float(), added) for part, added in zip(weights, biases, strict=True)]
     return torch.cat([part.to(inputs.dtype) for part in parts], dim=-1)
 
 

@@ -37,7 +37,9 @@ NOT_RUN = {"make demo", "make test", "make docs", "pip install .", "pip install 
 NOT_RUN |= {"healthgpt ui -c HealthGPT-M3"}
 NOT_RUN |= {  # these need a GPU
     'healthgpt draw -c HealthGPT-M3 slice.png "Reconstruct the image." -o out.png --compile',
+    'healthgpt draw -c HealthGPT-M3 slice.png "Reconstruct the image." -o out.png --openvino',
     'healthgpt ask -c HealthGPT-M3 study "Is there a pleural effusion?" -o answers.csv --compile',
+    'healthgpt ask -c HealthGPT-M3 study "Is there a pleural effusion?" -o answers.csv --openvino',
 }
 
 

@@ -97,7 +97,7 @@ def test_a_clean_clone_and_a_wheel_install_and_work_with_the_core_dependencies(c
     calls += [["train", "pairs.jsonl", "-c", "user/model", "-o", "out"], ["eval", "pictures", ".", ".", "-o", "out"]]
     calls += [M3, [*M3, "--quantize", "8bit"], ["ui"], ["explain", picture, "What?", "-o", "out"]]
     calls += [["ask", get_testdata_file("MR_small.dcm", download=False), "What?"], ["ask", "-c", "quantised", "What?"]]
-    calls += [["bench"]]
+    calls += [["bench"], ["ask", "--openvino", "What?"]]
     (tmp_path / "pairs.jsonl").touch()
     (tmp_path / "quantised").mkdir()
     config = {"model_type": "healthgpt", "quantization_config": {"quant_method": "bitsandbytes"}}
@@ -106,9 +106,18 @@ def test_a_clean_clone_and_a_wheel_install_and_work_with_the_core_dependencies(c
     result = run(fresh / "bin/python", "-c", CALLS, calls, folder=tmp_path)
     assert Image.open(tmp_path / "out.png").size == (64, 64) and "plugin of generation" in result.stdout
     extras = re.findall(r"pip install healthgpt\[(\w+)\]", result.stderr)
-    assert extras == ["train", "eval", "export", "quantization", "ui", "plot", "dicom", "quantization", "eval"], (
-        result.stderr
-    )
+    assert extras == [
+        "train",
+        "eval",
+        "export",
+        "quantization",
+        "ui",
+        "plot",
+        "dicom",
+        "quantization",
+        "eval",
+        "openvino",
+    ], result.stderr
     assert "quantised is quantised, and loading it needs bitsandbytes and accelerate: pip install" in result.stderr
     assert not (tmp_path / "out").exists()
 

@@ -63,9 +63,10 @@ def test_a_processor_with_avx2_alone_has_no_instructions_for_half_precision():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("out_features", [5, 256, 600])
+@pytest.mark.parametrize("out_features", [5, 600])
 def test_linears_over_many_tokens_are_rounded_once(dtype, out_features, monkeypatch):
     monkeypatch.setattr(precision_healthgpt, "CPU_DTYPES", NOTHING_BUT_FLOAT32)
+    monkeypatch.setattr(precision_healthgpt, "BLOCK", 300 * 250)  # three blocks of 600 outputs, the last a smaller one
     torch.manual_seed(0)
     module = torch.nn.Linear(300, out_features).to(dtype)
     with torch.no_grad():

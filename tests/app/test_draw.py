@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 from conftest import GOLDEN, full_disk
 from PIL import Image, ImageChops
 from pydicom.data import get_testdata_file
 from typer.testing import CliRunner
 
+from healthgpt import precision_healthgpt
+from healthgpt.app import common
 from healthgpt.app.cli import app
 from healthgpt.app.draw import LABEL, MARGIN, SHEET_HEIGHT
 
@@ -111,3 +114,13 @@ def test_mistakes(folder, tmp_path, tmp_path_factory):
     ):
         result = draw(*arguments)
         assert message in str(result.exception) and not list(tmp_path.iterdir())
+
+
+def test_openvino_draws_and_is_recommended_where_it_is_faster(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision_healthgpt, "CPU_DTYPES", frozenset({torch.float32}))
+    assert "--openvino" not in draw("Draw a chest X-ray.", "-o", tmp_path / "small.png", "--dtype", "bfloat16").stderr
+    monkeypatch.setattr(common, "LARGE", 10**5)
+    for index, options in enumerate((["--dtype", "bfloat16"], ["--dtype", "float32"], ["--openvino"])):
+        result = draw("Draw a chest X-ray.", "-o", tmp_path / f"{index}.png", *options)
+        assert result.exit_code == 0 and Image.open(tmp_path / f"{index}.png").size == (64, 64)
+        assert ("--openvino" in result.stderr) == (index == 0)

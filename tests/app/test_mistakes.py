@@ -88,6 +88,7 @@ def ends(monkeypatch, capsys, tmp_path):
         ("ask What? --device meta", "meta"),
         ("ask What? --compile --device cpu", "cpu"),
         ("draw Draw. -o out.png --compile --device cpu", "cpu"),
+        ("ask What? --openvino --device cuda", "--device is cuda"),
         (f"draw Draw. -o {LONG}.png", LONG),
         ("draw loop Draw. -o out.png", "loop"),
         (f"draw Draw. -o out.png --sheet {LONG}.png", LONG),

@@ -1,5 +1,5 @@
 """
-The language model's linears in 8 bits, multiplied by OpenVINO: the fastest format on processors.
+The language model's linears in 8 bits, multiplied by OpenVINO: a fast format on processors.
 
 torch reads weights narrower than float32 slowly there, and in passes over many tokens more slowly still. OpenVINO reads 8-bit weights,
 with one scale an output, and multiplies in float32. It has the heads too, in float32, since 8 bits there cost most of what is true.

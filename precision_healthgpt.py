@@ -82,11 +82,12 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def is_widened(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether [`linear`] computes a product in float32."""
+    """Whether [`linear`] computes a product in float32: not with weights of a class of their own, such as quantisers make."""
     many = inputs.numel() >= FEWEST_TOKENS * inputs.shape[-1]
     if not many or inputs.dtype in CPU_DTYPES or inputs.dtype != weight.dtype or weight.device.type != "cpu":
         return False
-    return not (torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad))
+    wants_gradients = torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad)
+    return type(weight) in (torch.Tensor, nn.Parameter) and not wants_gradients
 
 
 def call_linear(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ OpenVINO = Annotated[
     bool,
     typer.Option(
         "--openvino",
-        help="Run the language model in 8 bits by OpenVINO: the fastest on a CPU, after some seconds more of loading.",
+        help="Run the language model in 8 bits by OpenVINO: fast on a CPU, after some seconds more of loading.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

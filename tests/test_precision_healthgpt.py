@@ -10,7 +10,7 @@ import torch
 from conftest import inputs_of
 
 from healthgpt import HealthGPTForConditionalGeneration, HealthGPTProcessor, precision_healthgpt
-from healthgpt.precision_healthgpt import call_linear
+from healthgpt.precision_healthgpt import call_linear, is_widened
 
 NOTHING_BUT_FLOAT32 = frozenset({torch.float32})
 
@@ -90,6 +90,16 @@ def test_a_linear_that_something_hangs_on_is_called(monkeypatch):
     assert len(calls) == 1
     call_linear(module, inputs).sum().backward()  # wanted gradients are torch's own
     assert module.weight.grad.shape == (8, 8)
+
+
+def test_weights_of_a_class_of_their_own_multiply_as_they_do(monkeypatch):
+    class Quantized(torch.Tensor):
+        pass
+
+    monkeypatch.setattr(precision_healthgpt, "CPU_DTYPES", NOTHING_BUT_FLOAT32)
+    inputs, weight = torch.randn(32, 8).bfloat16(), torch.randn(8, 8).bfloat16()
+    assert is_widened(inputs, weight) and is_widened(inputs, torch.nn.Parameter(weight, requires_grad=False))
+    assert not is_widened(inputs, weight.as_subclass(Quantized))
 
 
 def test_a_prompt_in_bfloat16_is_as_near_to_float32(checkpoints, monkeypatch):

@@ -120,6 +120,7 @@ class DraftedPasses:
         self.forward = model
         self.is_compiled = False
         self.num_passes = 0
+        self.place = None  # that of the token which the loop was last told the scores of, counted from the prompt
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -221,11 +222,14 @@ class DraftedPasses:
 
     def _outputs_of(self, place):
         """What a pass over the last token alone would have given."""
+        self.place = place
         return CausalLMOutputWithPast(logits=self.logits[:, place - self.first].unsqueeze(1))
 
-    def finish(self, length: int) -> None:
-        """Leaves the cache, for `length` ids written in all, as the loop would have: without the last and what follows it."""
-        self.cache.crop(self.offset + length - 1 - int(self.cache.get_seq_length()))
+    def finish(self) -> None:
+        """Leaves the cache as the loop would have, wherever it stopped: without the last token and what follows it."""
+        if self.place is None:  # not even the prompt was read
+            return
+        self.cache.crop(self.offset + self.prompt_length + self.place - int(self.cache.get_seq_length()))
         for layer in self.cache.layers:
             if hasattr(layer, "record_past"):
                 layer.record_past = False

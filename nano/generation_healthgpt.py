@@ -263,12 +263,13 @@ class HealthGPTGenerationMixin(GenerationMixin):
             widths = PassWidths(seconds.setdefault((self.device, self.dtype, len(input_ids)), {}), codes_per_pass)
             pad_token_id = generation_config._pad_token_tensor
             model = DraftedPasses(self, grammar.codes, draws, drafts, widths, pad_token_id, sampling, forbids)
-        output = GenerationMixin._sample(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **kwargs
-        )
-        if can_draft:
-            model.finish(getattr(output, "sequences", output).shape[1])
-        return output
+        try:
+            return GenerationMixin._sample(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **kwargs
+            )
+        finally:
+            if can_draft:
+                model.finish()
 
     def _prepare_static_cache(self, *args, **kwargs):
         """

@@ -46,9 +46,9 @@ def passes(monkeypatch):
     counted = []
     finish = DraftedPasses.finish
 
-    def count(self, length):
+    def count(self):
         counted.append(self.num_passes)
-        finish(self, length)
+        finish(self)
 
     monkeypatch.setattr(DraftedPasses, "finish", count)
     return counted
@@ -208,6 +208,26 @@ def test_own_criteria_end_drawings_early(drawing):
         assert rows.tolist() == [cases[0]["generated_ids"][:5] + [pad] * 4, cases[1]["generated_ids"][:9]]
         rows = generate(model, processor, cases, max_time=0.0, **options)
         assert rows.tolist() == [case["generated_ids"][:1] for case in cases]
+
+
+@pytest.mark.parametrize("written", [0, 1, 7])
+def test_a_callers_cache_holds_no_draft_where_a_streamer_raised(drawing, written):
+    checkpoint, model, processor = drawing
+    [case] = cases_of(checkpoint, "generation/0")
+    caches = []
+    for codes_per_pass in (1, WHOLE):
+        streamer, values = BaseStreamer(), []
+        streamer.put = lambda value, values=values: values.append(value) if len(values) <= written else {}["full"]
+        caches.append(DynamicCache(config=model.config.text_config))
+        with pytest.raises(KeyError, match="full"):
+            options = {CACHE_NAME: caches[-1], "draft_codes": codes_of(model, case)}
+            generate(model, processor, [case], codes_per_pass=codes_per_pass, streamer=streamer, **options)
+    one, many = caches
+    assert (
+        many.get_seq_length() == one.get_seq_length() == inputs_of(processor, [case])["input_ids"].shape[1] + written
+    )
+    for layer, expected in zip(many.layers, one.layers, strict=True):
+        torch.testing.assert_close(layer.keys, expected.keys)
 
 
 @pytest.mark.parametrize("end", [None, 6])

@@ -101,9 +101,8 @@ def use_openvino(model: HealthGPTForConditionalGeneration) -> HealthGPTForCondit
     """
     with extras():
         import openvino  # noqa: F401
-    layers = [
-        layer for layer in model.modules() if type(layer).__name__ == HLoRALinear.__name__
-    ]  # of any copy of the code
+    # By name, since a checkpoint's own copy of the code has classes of its own.
+    layers = [layer for layer in model.modules() if type(layer).__name__ == HLoRALinear.__name__]
     heads = [(model, "lm_head"), *((model.token_heads, name) for name in model.token_heads)]
     for linear in (*(layer.base_layer for layer in layers), *(getattr(*place) for place in heads)):
         require_plain(linear)
@@ -116,6 +115,7 @@ def use_openvino(model: HealthGPTForConditionalGeneration) -> HealthGPTForCondit
     for parent, name in heads:
         setattr(parent, name, OpenVINOLinear(getattr(parent, name).weight.detach().float()))
     model.config.dtype = torch.float32
+    model.__dict__.pop("_pass_seconds", None)  # how long passes took until now
     return nn.Module.float(model)  # what transformers has in its place refuses models that were quantised
 
 
@@ -124,10 +124,11 @@ def require_plain(linear: nn.Module) -> None:
     Raises:
         HealthGPTError: if OpenVINO cannot take over a linear.
     """
-    if type(linear).__name__ not in (nn.Linear.__name__, UnquantizedLinear.__name__, "Linear8bitLt"):
+    is_known = type(linear).__name__ in (nn.Linear.__name__, UnquantizedLinear.__name__, "Linear8bitLt")
+    if not is_known or type(linear.weight.data) is not torch.Tensor:  # but of a class of a quantiser
         raise HealthGPTError(
             "OpenVINO takes linears that are not quantised, or in 8 bits by bitsandbytes, without adapters around them; got "
-            f"{type(linear).__name__}."
+            f"{type(linear).__name__} with {type(linear.weight.data).__name__}."
         )
     if linear.weight.device.type != "cpu":
         raise HealthGPTError(f"OpenVINO is for models in the CPU's memory, and a linear is on {linear.weight.device}.")
@@ -136,8 +137,11 @@ def require_plain(linear: nn.Module) -> None:
 def in_8_bits(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights of a linear as whole numbers, and the scale of each output."""
     weight = linear.weight.detach()
-    if weight.dtype == torch.int8:  # bitsandbytes keeps the largest weight of each output
-        return weight, linear.weight.SCB.float() / LARGEST
+    if (
+        weight.dtype == torch.int8
+    ):  # bitsandbytes keeps the largest weight of each output, elsewhere once it was multiplied with
+        largest = linear.state.SCB if linear.weight.SCB is None else linear.weight.SCB
+        return weight, largest.float() / LARGEST
     weight = weight.float()
     scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
     return (weight / scales[:, None]).round().to(torch.int8), scales

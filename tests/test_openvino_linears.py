@@ -25,6 +25,10 @@ def passive(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
 
 
+class Quantized(torch.Tensor):
+    pass
+
+
 def load(folder, **settings):
     return HealthGPTForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **settings)
 
@@ -111,11 +115,15 @@ def test_models_with_their_own_copy_of_the_code_are_taken_over():
     )
 
 
-def test_8_bits_of_bitsandbytes_are_taken_over():
+@pytest.mark.parametrize("used", [False, True])
+def test_8_bits_of_bitsandbytes_are_taken_over(used):
     given = load(NANO, quantization_config=EIGHT_BITS)
     layer = next(layer for layer in given.modules() if isinstance(layer, HLoRALinear)).base_layer
     matrix = layer.weight.data * (layer.weight.SCB.float() / 127)[:, None]
     inputs = torch.randn(3, layer.in_features)
+    if used:
+        with torch.no_grad():
+            given(input_ids=torch.arange(1, 9)[None])
     model = use_openvino(given)
     layer = next(layer for layer in model.modules() if isinstance(layer, HLoRALinear)).base_layer
     torch.testing.assert_close(layer(inputs), inputs @ matrix.T)
@@ -138,6 +146,10 @@ def test_what_openvino_cannot_take_stays_as_it_is():
     with pytest.raises(HealthGPTError, match="Linear4bit"):
         use_openvino(model)
     assert [type(module) for module in model.modules()] == before
+    model = load(NANO)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.as_subclass(Quantized))
+    with pytest.raises(HealthGPTError, match="Linear with Quantized"):
+        use_openvino(model)
     model = load(NANO)
     model.lm_head = copy.deepcopy(model.lm_head).to("meta")
     with pytest.raises(HealthGPTError, match="on meta"):

@@ -58,6 +58,11 @@ def is_whole(value, least: int | None = None) -> bool:
     return type(value) is int and (least is None or value >= least)
 
 
+def is_number(value) -> bool:
+    """Whether a value is a number; truth values are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclass
 class TaskConfig:
     """
@@ -103,13 +108,13 @@ class TaskConfig:
         for name, accepted, fits in (
             ("rank", "a whole number", is_whole(self.rank)),
             ("num_experts", "a whole number", is_whole(self.num_experts)),
-            ("alpha", "a positive number", isinstance(self.alpha, (int, float)) and 0 < self.alpha < float("inf")),
+            ("alpha", "a positive number", is_number(self.alpha) and 0 < self.alpha < float("inf")),
             ("vision_layer", "a whole number", is_whole(self.vision_layer)),
             ("default_prompt", "a text or None", isinstance(self.default_prompt, str | None)),
             (
                 "dropout",
                 "a number from 0 on, less than 1",
-                isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1,
+                is_number(self.dropout) and 0 <= self.dropout < 1,
             ),
             ("follows_input", "True or False", isinstance(self.follows_input, bool)),
         ):
@@ -239,9 +244,12 @@ class HealthGPTConfig(PreTrainedConfig):
         self.text_config = _sub_config(text_config, default_model_type="phi3")
         self.vision_config = _sub_config(vision_config, default_model_type="clip_vision_model")
         self.vqgan_config = HealthGPTVQGANConfig(**vqgan_config) if isinstance(vqgan_config, dict) else vqgan_config
-        fits = isinstance(self.vqgan_config, HealthGPTVQGANConfig | None)
+        fits = isinstance(self.vqgan_config, PreTrainedConfig | None)  # of any copy of this code
         require_setting("A checkpoint", "vqgan_config", vqgan_config, "settings by name or None", fits)
         require_setting("A checkpoint", "tasks", tasks, "settings of tasks by name", isinstance(tasks, dict | None))
+        for name in ("image_size", "patch_size"):
+            size = getattr(self.vision_config, name, None)
+            require_setting("A vision tower", name, size, "a number of pixels", is_whole(size, 1))
         ids = {"image_token_id": image_token_id, "image_start_token_id": image_start_token_id}
         for name, token in (ids | {"image_code_offset": image_code_offset}).items():
             require_setting("A checkpoint", name, token, "a token's id or None", token is None or is_whole(token, 0))
@@ -267,10 +275,18 @@ class HealthGPTConfig(PreTrainedConfig):
                 )
             if value in RESERVED_NAMES:
                 raise HealthGPTError(f"A task's {field} cannot be {value!r}, which torch's ModuleDict has a use for.")
-        if task.kind == "image" and (self.vqgan_config is None or self.image_code_offset is None):
+        needed = (self.vqgan_config, self.image_code_offset, self.image_start_token_id)
+        if task.kind == "image" and None in needed:
             raise HealthGPTError(
-                f"Task {name!r} draws pictures, but the configuration has no VQGAN or no image codes."
+                f"Task {name!r} draws pictures, but the configuration has no VQGAN, no image codes or no token that starts them."
             )
+        if task.kind == "image" and self.image_code_offset + self.vqgan_config.num_codes > self.text_config.vocab_size:
+            raise HealthGPTError(
+                f"Task {name!r} draws pictures, but the token tables have {self.text_config.vocab_size} rows, and the image codes "
+                f"end at {self.image_code_offset + self.vqgan_config.num_codes}."
+            )
+        if self.image_token_id is None:
+            raise HealthGPTError(f"Task {name!r} reads pictures, but the configuration has no image_token_id.")
         if task.typical_codes is not None:
             if task.kind == "text":
                 raise HealthGPTError(f"Task {name!r} answers in words, so that it has no typical_codes.")

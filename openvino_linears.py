@@ -2,7 +2,7 @@
 The language model's linears in 8 bits, multiplied by OpenVINO: a fast format on processors.
 
 torch reads weights narrower than float32 slowly there, and in passes over many tokens more slowly still. OpenVINO reads 8-bit weights,
-with one scale an output, and multiplies in float32. It has the heads too, in float32, since 8 bits there cost most of what is true.
+with one scale an output, and multiplies in float32. It has the heads too, in float32: 8 bits there change more than in all linears.
 All else, plugins and routers too, is computed by torch, in float32.
 """
 
@@ -65,16 +65,15 @@ class OpenVINOLinear(nn.Module):
             raise HealthGPTError(f"OpenVINO's linears are on the CPU, and their input is on {hidden_states.device}.")
         tokens = hidden_states.detach().reshape(-1, self.in_features).float().contiguous()
         output = np.empty((len(tokens), self.out_features), np.float32)
-        with self._lock:  # a request serves one call at a time
-            self._request.set_input_tensor(self._tensor(tokens.numpy(), shared_memory=True))
-            self._request.set_output_tensor(self._tensor(output, shared_memory=True))
-            self._request.infer()
-        return torch.from_numpy(output).view(*hidden_states.shape[:-1], -1)
+        if len(tokens) > 0:
+            with self._lock:  # a request serves one call at a time
+                self._request.set_input_tensor(self._tensor(tokens.numpy(), shared_memory=True))
+                self._request.set_output_tensor(self._tensor(output, shared_memory=True))
+                self._request.infer()
+        return torch.from_numpy(output).view(*hidden_states.shape[:-1], self.out_features).to(hidden_states.dtype)
 
     def _save_to_state_dict(self, *args, **kwargs):
-        raise HealthGPTError(
-            "OpenVINO has the model's linears, and they cannot be saved: save the model as it was loaded."
-        )
+        refuse_saving()
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -84,8 +83,8 @@ def use_openvino(model: HealthGPTForConditionalGeneration) -> HealthGPTForCondit
     """
     Gives OpenVINO a model's linears in 8 bits and its heads, and makes the rest float32; the model is changed in place.
 
-    Call it last: the model then answers and draws, with the same calls, on the CPU, and can neither be trained nor saved. Where
-    torch's threads wait for work by spinning they are in OpenVINO's way: `OMP_WAIT_POLICY=passive`, set before torch is imported,
+    Call it last: the model then answers and draws, with the same calls, on the CPU, and can be neither trained, saved nor copied, nor
+    be given further tasks, tokens or adapters. Where torch's threads wait for work by spinning they are in OpenVINO's way: `OMP_WAIT_POLICY=passive`, set before torch is imported,
     prevents it.
 
     Args:
@@ -96,11 +95,13 @@ def use_openvino(model: HealthGPTForConditionalGeneration) -> HealthGPTForCondit
         `HealthGPTForConditionalGeneration`: The model.
 
     Raises:
-        HealthGPTError: if OpenVINO is not installed, or a linear is elsewhere than in the CPU's memory or of another kind; the
-            model is then as it was.
+        HealthGPTError: if OpenVINO is not installed, this is another model (a PEFT model, say), or a linear is elsewhere than in the
+            CPU's memory or of another kind; the model is then as it was.
     """
     with extras():
         import openvino  # noqa: F401
+    if type(model).__name__ != HealthGPTForConditionalGeneration.__name__:
+        raise HealthGPTError(f"OpenVINO takes a HealthGPTForConditionalGeneration, got a {type(model).__name__}.")
     # By name, since a checkpoint's own copy of the code has classes of its own.
     layers = [layer for layer in model.modules() if type(layer).__name__ == HLoRALinear.__name__]
     heads = [(model, "lm_head"), *((model.token_heads, name) for name in model.token_heads)]
@@ -114,9 +115,17 @@ def use_openvino(model: HealthGPTForConditionalGeneration) -> HealthGPTForCondit
         layer.base_layer = OpenVINOLinear(*in_8_bits(layer.base_layer), layer.base_layer.bias)
     for parent, name in heads:
         setattr(parent, name, OpenVINOLinear(getattr(parent, name).weight.detach().float()))
+    model.requires_grad_(False)
     model.config.dtype = torch.float32
+    model.save_pretrained = refuse_saving  # before it writes anything
     model.__dict__.pop("_pass_seconds", None)  # how long passes took until now
     return nn.Module.float(model)  # what transformers has in its place refuses models that were quantised
+
+
+def refuse_saving(*args, **kwargs):
+    raise HealthGPTError(
+        "OpenVINO has the model's linears, and they cannot be saved: save the model as it was loaded."
+    )
 
 
 def require_plain(linear: nn.Module) -> None:
@@ -124,14 +133,19 @@ def require_plain(linear: nn.Module) -> None:
     Raises:
         HealthGPTError: if OpenVINO cannot take over a linear.
     """
+    if isinstance(linear, OpenVINOLinear):
+        raise HealthGPTError("OpenVINO has this model's linears already.")
     is_known = type(linear).__name__ in (nn.Linear.__name__, UnquantizedLinear.__name__, "Linear8bitLt")
     if not is_known or type(linear.weight.data) is not torch.Tensor:  # but of a class of a quantiser
+        weight = type(getattr(linear, "weight", None)).__name__
         raise HealthGPTError(
             "OpenVINO takes linears that are not quantised, or in 8 bits by bitsandbytes, without adapters around them; got "
-            f"{type(linear).__name__} with {type(linear.weight.data).__name__}."
+            f"{type(linear).__name__} with {weight}."
         )
+    if linear.weight.device.type == "meta":
+        raise HealthGPTError("OpenVINO takes models that are whole in memory: load this one without device_map.")
     if linear.weight.device.type != "cpu":
-        raise HealthGPTError(f"OpenVINO is for models in the CPU's memory, and a linear is on {linear.weight.device}.")
+        raise HealthGPTError(f"OpenVINO is for models on the CPU, and a linear is on {linear.weight.device}.")
 
 
 def in_8_bits(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

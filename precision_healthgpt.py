@@ -56,7 +56,15 @@ def compute(module: nn.Module, inputs: torch.Tensor, **kwargs) -> torch.Tensor:
     if dtype in CPU_DTYPES or any(weight.device.type != "cpu" for weight in weights.values()):
         return module(inputs.to(dtype), **kwargs)
     widened = {name: weight.float() for name, weight in weights.items()}
-    return torch.func.functional_call(module, widened, (inputs.float(),), kwargs)
+    # What runs once more in the backward pass would find the weights as they are.
+    checkpointed = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False)]
+    for part in checkpointed:
+        part.gradient_checkpointing = False
+    try:
+        return torch.func.functional_call(module, widened, (inputs.float(),), kwargs)
+    finally:
+        for part in checkpointed:
+            part.gradient_checkpointing = True
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -82,12 +90,16 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def is_widened(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether [`linear`] computes a product in float32: not with weights of a class of their own, such as quantisers make."""
+    """
+    Whether [`linear`] computes a product in float32: not with weights of a class of their own, such as quantisers make, and not
+    where torch compiles or exports it.
+    """
     many = inputs.numel() >= FEWEST_TOKENS * inputs.shape[-1]
     if not many or inputs.dtype in CPU_DTYPES or inputs.dtype != weight.dtype or weight.device.type != "cpu":
         return False
     wants_gradients = torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad)
-    return type(weight) in (torch.Tensor, nn.Parameter) and not wants_gradients
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return is_plain and not wants_gradients
 
 
 def call_linear(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:

@@ -97,7 +97,7 @@ def load(
             of this kind.
     """
     if openvino:
-        if device not in (None, "cpu"):
+        if device is not None and device.partition(":")[0] != "cpu":
             raise HealthGPTError(f"--openvino is for the CPU, and --device is {device}: leave one of them out.")
         if importlib.util.find_spec("openvino") is None:
             raise HealthGPTError(f"--openvino needs openvino: pip install healthgpt[{EXTRA_OF['openvino']}].")
@@ -119,11 +119,11 @@ def load(
 
 
 def recommend_openvino(model) -> None:
-    """Says what would be faster for a large model where the processor has no instructions for its dtype."""
+    """Says what would be faster for a large model, not quantised, where the processor has no instructions for its dtype."""
     from ..precision_healthgpt import CPU_DTYPES
 
     is_slow = model.device.type == "cpu" and model.dtype not in CPU_DTYPES
-    if is_slow and model.num_parameters() >= LARGE:
+    if is_slow and getattr(model.config, "quantization_config", None) is None and model.num_parameters() >= LARGE:
         typer.echo(
             f"This processor has no instructions for {str(model.dtype).removeprefix('torch.')}: --openvino is faster here "
             f"(pip install healthgpt[{EXTRA_OF['openvino']}]).",

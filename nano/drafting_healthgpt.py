@@ -120,6 +120,7 @@ class DraftedPasses:
         self.forward = model
         self.is_compiled = False
         self.num_passes = 0
+        self.cache = None
         self.place = None  # that of the token which the loop was last told the scores of, counted from the prompt
 
     def __getattr__(self, name):
@@ -135,7 +136,9 @@ class DraftedPasses:
     def _prefill(self, input_ids, generation_config, model_kwargs, **kwargs):
         """The prompt and the beginning of the draft in one pass."""
         self.prompt_length = input_ids.shape[1]
-        model_kwargs[CACHE_NAME].activate_past_recording()  # sliding windows keep what a crop goes back to
+        self.cache = model_kwargs[CACHE_NAME]
+        self.first_length = int(self.cache.get_seq_length())
+        self.cache.activate_past_recording()  # sliding windows keep what a crop goes back to
         can_draft = model_kwargs.get("inputs_embeds") is None and generation_config.prefill_chunk_size is None
         width = min(self.widths.best(), self.drafts.shape[1] - 1) if can_draft else 1
         width = int(width) if width > 1 else 0
@@ -226,11 +229,18 @@ class DraftedPasses:
         return CausalLMOutputWithPast(logits=self.logits[:, place - self.first].unsqueeze(1))
 
     def finish(self) -> None:
-        """Leaves the cache as the loop would have, wherever it stopped: without the last token and what follows it."""
-        if self.place is None:  # not even the prompt was read
+        """
+        Leaves the cache as the loop would have, wherever it stopped: without the last token and what follows it. If the prompt's
+        pass was interrupted it is as it was before, and of a later pass no layer keeps anything.
+        """
+        if self.cache is None:
             return
-        self.cache.crop(self.offset + self.prompt_length + self.place - int(self.cache.get_seq_length()))
+        length = self.first_length if self.place is None else self.offset + self.prompt_length + self.place
         for layer in self.cache.layers:
+            held = int(layer.get_seq_length())
+            # Of an interrupted pass not all layers have read; a sliding one drops what it recorded, be it for nothing.
+            if held > 0 and held >= length:
+                layer.crop(length - held)
             if hasattr(layer, "record_past"):
                 layer.record_past = False
 

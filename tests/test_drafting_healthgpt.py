@@ -230,6 +230,29 @@ def test_a_callers_cache_holds_no_draft_where_a_streamer_raised(drawing, written
         torch.testing.assert_close(layer.keys, expected.keys)
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_no_layer_of_a_callers_cache_loses_the_prompt_where_a_pass_was_interrupted(drawing, at):
+    checkpoint, model, processor = drawing
+    [case] = cases_of(checkpoint, "generation/0")
+    cache, calls = DynamicCache(config=model.config.text_config), []
+
+    def interrupt(*call):
+        calls.append(call)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    handle = model.model.language_model.layers[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, processor, [case], codes_per_pass=5, **{CACHE_NAME: cache})
+    handle.remove()
+    prompt = inputs_of(processor, [case])["input_ids"].shape[1]
+    lengths = [int(layer.get_seq_length()) for layer in cache.layers]
+    if at == 1:
+        assert set(lengths) == {0}
+    else:
+        assert lengths[0] >= prompt and set(lengths[1:]) <= {lengths[0]} | set(range(prompt, lengths[0]))
+
+
 @pytest.mark.parametrize("end", [None, 6])
 def test_scores_and_caches_are_those_of_one_code_a_pass(drawing, end):
     checkpoint, model, processor = drawing

@@ -102,6 +102,15 @@ def test_the_small_model_is_nearer_to_float32_than_in_8_bits_of_bitsandbytes():
     assert sum(divergences["OpenVINO"]) < sum(divergences["bitsandbytes"]) / 2
 
 
+def test_other_dtypes_of_activations_and_no_tokens():
+    model, ids = use_openvino(load(NANO)), torch.arange(1, 9)[None]
+    expected = model(input_ids=ids).logits
+    model.to(torch.bfloat16)
+    logits = model(input_ids=ids).logits
+    assert logits.dtype == torch.bfloat16 and (logits - expected).abs().max() < 0.2 * expected.abs().max()
+    assert model(input_ids=ids, logits_to_keep=torch.tensor([], dtype=torch.long)).logits.shape[1] == 0
+
+
 def test_models_with_their_own_copy_of_the_code_are_taken_over():
     own = get_class_from_dynamic_module("modeling_healthgpt.HealthGPTForConditionalGeneration", NANO)
     assert own is not HealthGPTForConditionalGeneration
@@ -131,11 +140,15 @@ def test_8_bits_of_bitsandbytes_are_taken_over(used):
 
 def test_what_openvino_has_is_neither_trained_nor_saved_nor_moved(tmp_path):
     model = use_openvino(load(NANO))
+    assert not model(input_ids=torch.arange(1, 9)[None]).logits.requires_grad
     with pytest.raises(HealthGPTError, match="no gradients"):
         model(inputs_embeds=torch.randn(1, 3, model.config.text_config.hidden_size, requires_grad=True))
-    with pytest.raises(HealthGPTError, match="cannot be saved"):
-        model.save_pretrained(tmp_path / "saved")
-    assert not list(tmp_path.rglob("*.safetensors"))
+    for save in (lambda: model.save_pretrained(tmp_path / "saved"), model.state_dict):
+        with pytest.raises(HealthGPTError, match="cannot be saved"):
+            save()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(HealthGPTError, match="already"):
+        use_openvino(model)
     with pytest.raises(HealthGPTError, match="is on meta"):
         model.lm_head(torch.empty(1, model.lm_head.in_features, device="meta"))
 
@@ -152,8 +165,10 @@ def test_what_openvino_cannot_take_stays_as_it_is():
         use_openvino(model)
     model = load(NANO)
     model.lm_head = copy.deepcopy(model.lm_head).to("meta")
-    with pytest.raises(HealthGPTError, match="on meta"):
+    with pytest.raises(HealthGPTError, match="without device_map"):
         use_openvino(model)
+    with pytest.raises(HealthGPTError, match="got a HealthGPTModel"):
+        use_openvino(model.model)
     assert not any(isinstance(module, OpenVINOLinear) for module in model.modules())
 
 

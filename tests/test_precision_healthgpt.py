@@ -48,6 +48,31 @@ def test_where_there_are_instructions_weights_are_not_widened(checkpoints, monke
     assert seen == [torch.float32, torch.bfloat16]
 
 
+def test_checkpointed_blocks_of_the_tower_train(checkpoints, monkeypatch):
+    monkeypatch.setattr(precision_healthgpt, "CPU_DTYPES", NOTHING_BUT_FLOAT32)
+    checkpoint = checkpoints("m3")
+    inputs = inputs_of(HealthGPTProcessor.from_pretrained(checkpoint.folder), checkpoint.cases[0])
+    gradients = []
+    for is_checkpointed in (False, True):
+        model = HealthGPTForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=torch.bfloat16).train()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable()
+        model(**inputs, task="comprehension").logits.float().logsumexp(-1).sum().backward()
+        assert model.is_gradient_checkpointing == is_checkpointed
+        assert (
+            any(
+                part.gradient_checkpointing
+                for part in model.model.vision_tower.modules()
+                if hasattr(part, "gradient_checkpointing")
+            )
+            == is_checkpointed
+        )
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and any("vision_tower" in name for name in gradients[1])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the variable limits oneDNN's instructions on x86-64 alone")
 def test_a_processor_with_avx2_alone_has_no_instructions_for_half_precision():
     """Any x86-64 processor becomes one by oneDNN's own variable."""

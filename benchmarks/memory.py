@@ -64,6 +64,7 @@ BYTES = {
 PRECISIONS = tuple(BYTES)
 COLUMNS = ("file", "resident", "peak", "load", "first token", "tokens/s", "KL", "top-1", "codes", "PSNR")
 QUESTION = "Describe this picture."
+CODES_PER_PASS = 64  # fixed, since below float32 a drawing depends on it
 STATUS = Path("/proc/self/status")
 
 
@@ -243,7 +244,8 @@ def run(
             choices = log_probabilities(task, inputs, true)[:, offset : offset + model.config.vqgan_config.num_codes]
             codes = choices.argmax(dim=-1)[None] + offset
         else:
-            codes = model.generate(**inputs, task=task)[:, inputs["input_ids"].shape[1] :]
+            sequences = model.generate(**inputs, task=task, codes_per_pass=CODES_PER_PASS)
+            codes = sequences[:, inputs["input_ids"].shape[1] :]
         pixels = model.decode_image_tokens(codes)
         [picture] = processor.post_process_multimodal_output(pixels, generation_mode="image")
     costs["peak"] = gigabytes("VmHWM")

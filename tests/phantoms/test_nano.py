@@ -48,9 +48,7 @@ def test_drawings_take_a_tenth_of_the_passes(small, monkeypatch, kind, passes):
     model, processor = small
     taken = []
     finish = DraftedPasses.finish
-    monkeypatch.setattr(
-        DraftedPasses, "finish", lambda self, length: (taken.append(self.num_passes), finish(self, length))
-    )
+    monkeypatch.setattr(DraftedPasses, "finish", lambda self: (taken.append(self.num_passes), finish(self)))
     for number in range(3):
         sample = drawing_sample("test", number, kind)
         images = [] if sample["input_image"] is None else [sample["input_image"]]

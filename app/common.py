@@ -78,7 +78,7 @@ OpenVINO = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-LARGE = 10**9  # weights
+LARGE = 10**9  # weights, from which on OpenVINO is worth its loading
 
 
 def load(

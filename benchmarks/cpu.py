@@ -17,13 +17,12 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import DynamicCache
 
 from .. import precision_healthgpt
 from ..drafting_healthgpt import CACHE_NAME
 from ..modeling_healthgpt import HealthGPTForConditionalGeneration
 from ..openvino_linears import use_openvino
-from .decoding import hidden_size, positive, published_config, seconds_of
+from .decoding import hidden_size, positive, prompt_cache, published_config, seconds_of
 
 OWN, WIDENED, OPENVINO = "bfloat16, torch's products", "bfloat16", "OpenVINO, 8 bits"
 
@@ -47,10 +46,7 @@ def measure(model: HealthGPTForConditionalGeneration, tokens: list[int], rounds:
     config, seconds = model.config, {}
     for task in config.tasks:
         for number in tokens:
-            cache = DynamicCache(config=config.text_config)
-            heads = config.text_config.num_key_value_heads
-            for layer in range(config.text_config.num_hidden_layers):
-                cache.update(*torch.randn(2, 1, heads, config.num_image_patches, 96, dtype=model.dtype), layer)
+            cache = prompt_cache(config, 1, model.dtype)
             ids = torch.randint(0, 32000, (1, number))
 
             def run(task=task, cache=cache, ids=ids):

@@ -243,6 +243,16 @@ def count_calls(function: Callable) -> int:
     return sum(event.count for event in profiler.key_averages() if event.key.startswith("aten::"))
 
 
+def prompt_cache(config: HealthGPTConfig, batch: int, dtype: torch.dtype) -> DynamicCache:
+    """A cache as after prompts with one image each, of random numbers."""
+    text, cache = config.text_config, DynamicCache(config=config.text_config)
+    size = text.hidden_size // text.num_attention_heads
+    for layer in range(text.num_hidden_layers):
+        keys, values = torch.randn(2, batch, text.num_key_value_heads, config.num_image_patches, size, dtype=dtype)
+        cache.update(keys, values, layer)
+    return cache
+
+
 @torch.no_grad()
 def measure_layers(arguments, dtype: torch.dtype) -> list[dict]:
     """Passes through a slice of the M3: one token in every batch size, then several tokens."""
@@ -262,11 +272,7 @@ def measure_layers(arguments, dtype: torch.dtype) -> list[dict]:
     num_linears = sum(isinstance(module, HLoRALinear) for module in model.modules())
     rows = []
     for batch, width in [*((batch, 1) for batch in arguments.batches), (1, arguments.tokens)]:
-        cache = DynamicCache(config=config.text_config)
-        heads = config.text_config.num_key_value_heads
-        for layer in range(arguments.layers):
-            keys, values = torch.randn(2, batch, heads, config.num_image_patches, 96, dtype=dtype)
-            cache.update(keys, values, layer)
+        cache = prompt_cache(config, batch, dtype)
         embeddings = torch.randn(batch, width, arguments.hidden_size, dtype=dtype)
 
         def run(key, cache=cache, embeddings=embeddings):

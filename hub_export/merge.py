@@ -152,7 +152,7 @@ def write_export(sources: ExportSources, output: Path, dtype, quantize, skip_for
         if not any(partial.rglob("*.safetensors")):
             shutil.rmtree(partial)
         raise
-    except Exception:
+    except Exception:  # raised again below
         # Nothing is swallowed: the error goes on as it came, once the half-written folder is gone. KeyboardInterrupt and
         # SystemExit are no Exception, hence an interrupted export keeps its folder and can go on from there.
         shutil.rmtree(partial)

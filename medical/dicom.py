@@ -279,7 +279,7 @@ def pydicom_says(damaged: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception:
+    except Exception:  # only calls of pydicom stand inside, and no type is common to what they raise
         raise HealthGPTError(f"{damaged}.") from None
 
 
